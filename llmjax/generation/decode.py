@@ -1,0 +1,104 @@
+"""Token after token with a key/value cache: prefill, one step, and the whole loop in one compiled function."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from llmjax import sharding
+from llmjax.generation.sampling import SamplingConfig, sample
+from llmjax.models.cache import LayerCache, init_cache
+from llmjax.models.config import ModelConfig
+from llmjax.models.transformer import Params, hidden_states, logits
+from llmjax.typing import Array, Int
+
+
+@struct.dataclass
+class DecodeState:
+    """cache: of all layers. logits [B, V]: of the next token. position [B]: of the next token."""
+
+    cache: tuple[LayerCache, ...]
+    logits: Array
+    position: Array
+
+
+@struct.dataclass
+class Generation:
+    """tokens [B, R] int32 (padding after the end of turn), log_probs [B, R] of each under the distribution it was
+    sampled from, mask [B, R] float32: 1 up to and including the end of turn, ended [B]: whether the row ended itself.
+    """
+
+    tokens: Array
+    log_probs: Array
+    mask: Array
+    ended: Array
+
+
+def prefill(params: Params, prompt_BT: Array, segment_ids_BT: Array, cfg: ModelConfig, size: int) -> DecodeState:
+    """Runs prompts, padded on the left (segment 0), into a fresh cache of `size` slots."""
+    positions_BT = jnp.maximum(jnp.cumsum(segment_ids_BT, axis=1) - 1, 0)
+    x_BTD, cache, _ = hidden_states(
+        params, prompt_BT, cfg,
+        positions_BT=positions_BT, segment_ids_BT=segment_ids_BT,
+        cache=init_cache(cfg, prompt_BT.shape[0], size),
+    )  # fmt: skip
+    return DecodeState(cache, logits(params, x_BTD[:, -1:])[:, 0], positions_BT[:, -1] + 1)
+
+
+def decode_step(params: Params, state: DecodeState, tokens_B: Array, cfg: ModelConfig) -> DecodeState:
+    """Appends one token to every row."""
+    x_BTD, cache, _ = hidden_states(
+        params, tokens_B[:, None], cfg,
+        positions_BT=state.position[:, None], segment_ids_BT=jnp.ones((tokens_B.shape[0], 1), jnp.int32),
+        cache=state.cache,
+    )  # fmt: skip
+    return DecodeState(cache, logits(params, x_BTD)[:, 0], state.position + 1)
+
+
+@partial(jax.jit, static_argnames=("cfg", "sampling", "end_id", "pad_id"))
+def generate(
+    params: Params,
+    prompt_BT: Int[Array, "B T"],
+    segment_ids_BT: Int[Array, "B T"],
+    keys_B: Array,
+    *,
+    cfg: ModelConfig,
+    sampling: SamplingConfig,
+    end_id: int,
+    pad_id: int,
+) -> Generation:
+    """Answers every prompt until its `end_id` or `sampling.max_new_tokens`.
+
+    Token t of row b is drawn with fold_in(keys_B[b], t): a row's answer depends on its own prompt and key, not on its
+    neighbours. The loop stops when every row has ended.
+    """
+    b, prompt_length = prompt_BT.shape
+    new = sampling.max_new_tokens
+    state = prefill(params, prompt_BT, segment_ids_BT, cfg, prompt_length + new)
+    tokens_BR = sharding.constrain(jnp.full((b, new), pad_id, jnp.int32), "B.")
+    floats_BR = sharding.constrain(jnp.zeros((b, new), jnp.float32), "B.")
+    ended_B = sharding.constrain(jnp.zeros((b,), bool), "B")
+
+    def unfinished(loop):
+        t, _, _, _, _, ended_B = loop
+        return (t < new) & ~jnp.all(ended_B)
+
+    def step(loop):
+        t, state, tokens_BR, log_probs_BR, mask_BR, ended_B = loop
+        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, t)
+        drawn_B, log_prob_B = sample(state.logits, keys, sampling)
+        token_B = jnp.where(ended_B, pad_id, drawn_B)
+        live_B = (~ended_B).astype(jnp.float32)
+        at = jnp.arange(new) == t
+        tokens_BR = jnp.where(at, token_B[:, None], tokens_BR)
+        log_probs_BR = jnp.where(at, (log_prob_B * live_B)[:, None], log_probs_BR)
+        mask_BR = jnp.where(at, live_B[:, None], mask_BR)
+        state = decode_step(params, state, token_B, cfg)
+        return t + 1, state, tokens_BR, log_probs_BR, mask_BR, ended_B | (drawn_B == end_id)
+
+    start = (jnp.zeros((), jnp.int32), state, tokens_BR, floats_BR, floats_BR, ended_B)
+    _, _, tokens_BR, log_probs_BR, mask_BR, ended_B = jax.lax.while_loop(unfinished, step, start)
+    return Generation(tokens_BR, log_probs_BR, mask_BR, ended_B)

@@ -1,0 +1,60 @@
+"""Choosing the next token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from llmjax.errors import UserError
+from llmjax.typing import Array, Float
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """temperature 0 is greedy; top_k 0 and top_p 1 keep the whole distribution. max_new_tokens includes the end of turn."""
+
+    max_new_tokens: int = 32
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def validate(self) -> None:
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens={self.max_new_tokens} must be positive")
+        if self.temperature < 0:
+            raise UserError(f"temperature={self.temperature} must be 0 (greedy) or more")
+        if self.top_k < 0:
+            raise UserError(f"top_k={self.top_k} must be 0 (off) or more")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p={self.top_p} must be in (0, 1]")
+
+
+def restrict(logits_BV: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
+    """-inf outside the top_k tokens and outside the smallest set of probability >= top_p (nucleus, arXiv:1904.09751)."""
+    if top_k:
+        kth = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV < kth, -jnp.inf, logits_BV)
+    if top_p < 1:
+        ordered = jnp.sort(logits_BV, axis=-1, descending=True)
+        probs = jax.nn.softmax(ordered, axis=-1)
+        kept = jnp.cumsum(probs, axis=-1) - probs < top_p
+        threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV < threshold, -jnp.inf, logits_BV)
+    return logits_BV
+
+
+def sample(logits_BV: Float[Array, "B V"], keys_B: Array, cfg: SamplingConfig) -> tuple[Array, Array]:
+    """One token per row, each from its own key, and its log-probability under the distribution sampled from.
+
+    Returns (tokens [B] int32, log_probs [B] float32). Greedy: the log-probability is that of temperature 1.
+    """
+    if cfg.temperature == 0:
+        tokens_B = jnp.argmax(logits_BV, axis=-1)
+        scaled = logits_BV
+    else:
+        scaled = restrict(logits_BV / cfg.temperature, cfg.top_k, cfg.top_p)
+        tokens_B = jax.vmap(jax.random.categorical)(keys_B, scaled)
+    log_probs = jax.nn.log_softmax(scaled, axis=-1)
+    return tokens_B.astype(jnp.int32), jnp.take_along_axis(log_probs, tokens_B[:, None], axis=-1)[:, 0]

@@ -1,0 +1,115 @@
+"""Next-token prediction: the loss of pre-training and, with a mask on the assistant's tokens, of SFT."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from llmjax import sharding
+from llmjax.models.config import ModelConfig
+from llmjax.models.moe import router_loss, router_metrics
+from llmjax.models.transformer import Params, head_table, hidden_states
+from llmjax.typing import Array, Float, Int
+
+# Logits kept at a time by the fused loss: small enough for the caches, large enough for full-speed products.
+CHUNK_LOGITS = 4 * 2**20
+
+
+def lm_loss(params: Params, batch: dict[str, Array], key, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
+    """Mean negative log-likelihood of the targets where loss_mask is 1, in nats per token, plus the router's losses.
+
+    batch, each [B, T] int32: inputs, targets (the input one place later), positions, segment_ids (0 is padding),
+    loss_mask. The mean is over the loss tokens of the whole batch. key: unused, there is no dropout.
+    """
+    del key
+    x_BTD, _, stats = hidden_states(
+        params, batch["inputs"], cfg, positions_BT=batch["positions"], segment_ids_BT=batch["segment_ids"]
+    )
+    mask_BT = batch["loss_mask"].astype(jnp.float32)
+    num_tokens = jnp.sum(mask_BT)
+    nll = cross_entropy_sum(x_BTD, head_table(params), batch["targets"], mask_BT) / jnp.maximum(num_tokens, 1.0)
+    metrics = {"loss": nll, "loss_tokens": num_tokens}
+    if stats is None:
+        return nll, metrics
+    return nll + router_loss(stats, cfg.moe), metrics | router_metrics(stats)
+
+
+def token_log_probs(
+    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], temperature: float = 1.0
+) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
+    """log p(target) and entropy (nats) of softmax(logits / temperature) at each position, float32."""
+    scaled = logits_BTV.astype(jnp.float32) / temperature
+    log_partition = jax.nn.logsumexp(scaled, axis=-1)
+    chosen = jnp.sum(jnp.where(targets_BT[..., None] == jnp.arange(scaled.shape[-1]), scaled, 0.0), axis=-1)
+    probs = jnp.exp(scaled - log_partition[..., None])
+    return chosen - log_partition, log_partition - jnp.sum(probs * scaled, axis=-1)
+
+
+def cross_entropy_sum(
+    x_BTD: Float[Array, "B T D"], table_VD: Float[Array, "V D"], targets_BT: Int[Array, "B T"], weights_BT: Array
+) -> Array:
+    """sum of weights * -log softmax(x @ table^T)[target], float32; never holds the logits of the whole batch.
+
+    On a mesh each device sums its own tokens against the whole table.
+    """
+
+    def local_sum(x, table, targets, weights):
+        rows = targets.size
+        args = x.reshape(rows, -1), table.astype(x.dtype), targets.reshape(rows), weights.reshape(rows)
+        return fused_cross_entropy(*args, _num_chunks(rows, table.shape[0]))[None]
+
+    return jnp.sum(sharding.local(local_sum, ["BTD", "..", "BT", "BT"], "B")(x_BTD, table_VD, targets_BT, weights_BT))
+
+
+def _num_chunks(rows: int, vocab: int) -> int:
+    """The smallest number of equal chunks whose logits fit CHUNK_LOGITS."""
+    for chunks in range(1, rows + 1):
+        if rows % chunks == 0 and rows // chunks * vocab <= CHUNK_LOGITS:
+            return chunks
+    return rows
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(4,))
+def fused_cross_entropy(x_MD, table_VD, targets_M, weights_M, num_chunks: int):
+    """The weighted sum over M tokens, in `num_chunks` chunks. Differentiable in x and table.
+
+    The gradient of the logits is formed while a chunk of them is at hand, in the forward pass, so nothing of size [M, V]
+    is stored or recomputed (the idea of Hsu et al. 2024, arXiv:2410.10989, section 3.2).
+    """
+    return _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, with_grad=False)[0]
+
+
+def _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, with_grad):
+    rows = x_MD.shape[0] // num_chunks
+    total, dx, dtable = jnp.zeros((), jnp.float32), [], None
+    for i in range(num_chunks):
+        x, targets, weights = (a[i * rows : (i + 1) * rows] for a in (x_MD, targets_M, weights_M))
+        logits = jnp.einsum("md,vd->mv", x, table_VD, preferred_element_type=jnp.float32)
+        top = jnp.max(logits, axis=-1, keepdims=True)
+        exps = jnp.exp(logits - top)
+        partition = jnp.sum(exps, axis=-1, keepdims=True)
+        is_target = targets[:, None] == jnp.arange(table_VD.shape[0])
+        chosen = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        total += jnp.sum(weights * (jnp.log(partition[:, 0]) + top[:, 0] - chosen))
+        if with_grad:
+            scale = weights[:, None] / partition
+            dlogits = (exps * scale - jnp.where(is_target, weights[:, None], 0.0)).astype(x.dtype)
+            dx.append(jnp.einsum("mv,vd->md", dlogits, table_VD))
+            piece = jnp.einsum("mv,md->vd", dlogits, x, preferred_element_type=jnp.float32)
+            dtable = piece if dtable is None else dtable + piece
+    return total, jnp.concatenate(dx) if with_grad else None, dtable
+
+
+def _fused_fwd(x_MD, table_VD, targets_M, weights_M, num_chunks):
+    total, dx, dtable = _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, with_grad=True)
+    return total, (dx, dtable.astype(table_VD.dtype))
+
+
+def _fused_bwd(num_chunks, residuals, dtotal):
+    dx, dtable = residuals
+    return (dx * dtotal).astype(dx.dtype), (dtable * dtotal).astype(dtable.dtype), None, None
+
+
+fused_cross_entropy.defvjp(_fused_fwd, _fused_bwd)

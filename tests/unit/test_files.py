@@ -1,0 +1,43 @@
+"""llmjax.files: whole or not at all, and one-line errors."""
+
+import os
+
+import pytest
+
+from llmjax import files
+from llmjax.errors import UserError
+
+
+def test_json_round_trip_makes_folders_and_leaves_no_temporary(tmp_path):
+    path = tmp_path / "a" / "b.json"
+    files.write_json_atomic(path, {"x": [1, 2.5, "é"]})
+    files.write_json_atomic(path, {"x": 2})
+    assert files.read_json(path) == {"x": 2}
+    assert os.listdir(path.parent) == ["b.json"]
+
+
+def test_a_write_that_fails_leaves_the_old_file(tmp_path):
+    path = tmp_path / "a.txt"
+    files.write_text_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        files.write_text_atomic(path, "new \ud800")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/x\.json: cannot be written \(.*\)"):
+        files.write_json_atomic(tmp_path / "file" / "x.json", 1)
+
+
+def test_reading_names_file_and_line(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_text('{"a": 1,\n"b" 2}')
+    with pytest.raises(UserError, match=r"a\.json:2: not JSON"):
+        files.read_json(path)
+    with pytest.raises(UserError, match=r"b\.json: no such file"):
+        files.read_json(tmp_path / "b.json")
+    path.write_bytes(b"\xff")
+    with pytest.raises(UserError, match=r"a\.json: not UTF-8"):
+        files.read_json(path)
