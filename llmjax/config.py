@@ -271,8 +271,9 @@ def from_json(cls: type, text: str) -> Any:
 
 
 def fingerprint(config: Any) -> str:
-    """12 hex digits that name the config's content: SHA-256 of its JSON with sorted keys and no spaces."""
-    canonical = json.dumps(to_dict(config), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    """12 hex digits that name the content of a config (or of its `to_dict`): SHA-256 of its JSON with sorted keys."""
+    data = to_dict(config) if is_config(config) else config
+    canonical = json.dumps(data, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 

@@ -112,7 +112,7 @@ def _set(node: Any, hint: Any, parts: list[str], raw: str, place: _Place) -> Any
     if isinstance(node, tuple):
         return _set_item(node, hint, parts, raw, place)
     above = place.path.split(".")[:-len(parts)]
-    raise place.error(f"'{'.'.join(above)}' is a {type_name(hint)} and has no field '{parts[0]}'; set it itself")
+    raise place.error(f"'{'.'.join(above)}' is of type {type_name(hint)} and has no fields; set it itself")
 
 
 def _set_field(node: Any, parts: list[str], raw: str, place: _Place) -> Any:

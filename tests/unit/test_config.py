@@ -141,7 +141,7 @@ def test_plain_str_keeps_the_word_none():
     ("model.moe", "yes", "MoE cannot be set as a whole; set one of its fields: num_experts, top_k"),
     ("model.lora.rank", "4", "'model.lora' is none and Lora cannot be made from its defaults"),
     ("model.max_length.x", "4", "'model.max_length' is none and holds no fields"),
-    ("seed.x", "4", "'seed' is a int and has no field 'x'"),
+    ("seed.x", "4", "'seed' is of type int and has no fields"),
     ("mixture.2.path", "c", "no item '2' in a tuple of 2"),
 ])
 def test_wrong_overrides_are_one_clear_line(path, raw, message):

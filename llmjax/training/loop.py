@@ -1,0 +1,144 @@
+"""THE training loop. A stage gives it a step and batches; resume, metrics, checkpoints and progress come with it."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any, Callable, Mapping, Protocol, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from llmjax.errors import UserError
+from llmjax.sharding import put_batch
+from llmjax.training.checkpoint import Checkpoints, to_host
+from llmjax.training.hardware import peak_flops
+from llmjax.training.metrics import MetricsLog
+from llmjax.training.progress import Progress
+from llmjax.training.state import TrainState
+
+StepFn = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Mapping[str, Any]]]
+
+
+class Batches(Protocol):
+    """Batches by step: a pure function of seed and step, so that a resume needs one integer."""
+
+    def __getitem__(self, step: int) -> dict[str, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Hook:
+    """Called with (step, state) after every `every` steps and after the last; returns held-out metrics to log, or None."""
+
+    every: int
+    call: Callable[[int, TrainState], Mapping[str, float] | None]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """What does not change between steps.
+
+    tokens_per_step and flops_per_token give tokens/s and MFU (0: not shown). checkpoint_seconds: between two saves.
+    log_every: steps between two rows of metrics.jsonl.
+    """
+
+    stage: str
+    num_steps: int
+    key: jax.Array
+    mesh: Mesh | None
+    metrics: MetricsLog
+    checkpoints: Checkpoints
+    checkpoint_seconds: float = 30.0
+    log_every: int = 1
+    tokens_per_step: int = 0
+    flops_per_token: float = 0.0
+    hooks: Sequence[Hook] = ()
+    verbose: bool = True
+
+
+def train(loop: Loop, state: TrainState, abstract: TrainState, step_fn: StepFn, batches: Batches) -> TrainState:
+    """Runs from the newest checkpoint, or from `state`, to `loop.num_steps`; returns the last state.
+
+    Step s uses batch s and the key folded with s, so an interrupted run, continued, makes the very same updates. The
+    metrics of a step are fetched when the next one has been dispatched, so the device never waits for the host.
+    Raises UserError when the loss is not finite; the last checkpoint is kept.
+    """
+    if loop.checkpoints.latest_step() is not None:
+        state = loop.checkpoints.restore(abstract)
+    start = int(state.step)
+    loop.metrics.rewind(loop.stage, start)
+    report = _Reporter(loop, start)
+    saved_at = time.monotonic()
+    try:
+        for step in range(start, loop.num_steps):
+            batch = put_batch(batches[step], loop.mesh)
+            state, metrics = step_fn(state, batch, jax.random.fold_in(loop.key, step))
+            report.step(step + 1, metrics)
+            for hook in loop.hooks:
+                if (step + 1) % hook.every == 0 or step + 1 == loop.num_steps:
+                    report.flush()
+                    report.held_out(step + 1, hook.call(step + 1, state))
+            if time.monotonic() - saved_at > loop.checkpoint_seconds and step + 1 < loop.num_steps:
+                report.flush()
+                loop.checkpoints.save(step + 1, state)
+                saved_at = time.monotonic()
+        report.flush()
+    finally:
+        report.close()
+    return state
+
+
+class _Reporter:
+    """Turns the device metrics of each step into rows and progress, one step late."""
+
+    def __init__(self, loop: Loop, start: int):
+        self._loop = loop
+        self._pending: tuple[int, Mapping[str, Any]] | None = None
+        self._progress = Progress(loop.stage, start, loop.num_steps, loop.verbose)
+        self._peak = 0.0
+        if loop.flops_per_token:
+            self._peak = peak_flops(1 if loop.mesh is None else loop.mesh.size)
+        self._last = time.monotonic()
+        self._seconds: float | None = None
+
+    def step(self, step: int, metrics: Mapping[str, Any]) -> None:
+        self.flush()
+        self._pending = (step, metrics)
+
+    def flush(self) -> None:
+        if self._pending is None:
+            return
+        step, metrics = self._pending
+        self._pending = None
+        values = {name: float(value) for name, value in to_host(dict(metrics)).items()}
+        loss = values.get("loss", 0.0)
+        if not np.isfinite(loss):
+            raise UserError(
+                f"{self._loop.stage}: the loss is {loss} at step {step}; lower the learning rate "
+                f"(--config.{self._loop.stage}.optimizer.learning_rate), the last good checkpoint is kept"
+            )
+        values |= self._throughput()
+        if step % self._loop.log_every == 0 or step == self._loop.num_steps:
+            self._loop.metrics.write(self._loop.stage, step, "train", values)
+        self._progress.update(step, values)
+
+    def _throughput(self) -> dict[str, float]:
+        now = time.monotonic()
+        seconds, self._last = now - self._last, now
+        if not self._loop.tokens_per_step or self._seconds is None:
+            self._seconds = 0.0 if self._seconds is None else seconds  # the first step is mostly compilation
+            return {}
+        self._seconds = seconds if self._seconds == 0.0 else 0.9 * self._seconds + 0.1 * seconds
+        rate = self._loop.tokens_per_step / self._seconds
+        if not self._peak:
+            return {"tokens_per_second": rate}
+        return {"tokens_per_second": rate, "mfu": rate * self._loop.flops_per_token / self._peak}
+
+    def held_out(self, step: int, values: Mapping[str, float] | None) -> None:
+        if values:
+            self._loop.metrics.write(self._loop.stage, step, "eval", values)
+        self._last = time.monotonic()
+
+    def close(self) -> None:
+        self._progress.close()

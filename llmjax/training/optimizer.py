@@ -1,0 +1,66 @@
+"""The optimizer, from its config to an Optax chain."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import optax
+
+from llmjax.errors import UserError
+from llmjax.models.spec import is_spec
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) with warm-up and decay.
+
+    learning_rate: peak. warmup_steps: linear from 0. schedule: of the rest, down to final_fraction of the peak.
+    weight_decay: on matrices only. grad_clip: largest global norm of the gradient, 0 for none.
+    """
+
+    learning_rate: float = 1e-3
+    warmup_steps: int = 20
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    final_fraction: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    grad_clip: float = 1.0
+
+    def validate(self) -> None:
+        if self.learning_rate <= 0:
+            raise UserError(f"learning_rate={self.learning_rate} must be positive")
+        if self.warmup_steps < 0:
+            raise UserError(f"warmup_steps={self.warmup_steps} must be 0 or more")
+        for name in ("b1", "b2", "final_fraction"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"{name}={getattr(self, name)} must be between 0 and 1")
+
+
+def learning_rate_schedule(cfg: OptimizerConfig, num_steps: int) -> optax.Schedule:
+    """step -> learning rate over `num_steps` steps."""
+    peak, floor = cfg.learning_rate, cfg.learning_rate * cfg.final_fraction
+    warmup = min(cfg.warmup_steps, max(num_steps - 1, 0))
+    rest = max(num_steps - warmup, 1)
+    decay = {
+        "cosine": optax.cosine_decay_schedule(peak, rest, cfg.final_fraction),
+        "linear": optax.linear_schedule(peak, floor, rest),
+        "constant": optax.constant_schedule(peak),
+    }[cfg.schedule]
+    if not warmup:
+        return decay
+    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup), decay], [warmup])
+
+
+def make_optimizer(cfg: OptimizerConfig, num_steps: int, specs: Any) -> optax.GradientTransformation:
+    """The Optax chain for parameters with these `specs`: clip by global norm, AdamW; decay on leaves with fan-in only."""
+    decayed = jax.tree.map(lambda spec: spec.constant is None and len(spec.shape) > 1, specs, is_leaf=is_spec)
+    adamw = optax.adamw(
+        learning_rate_schedule(cfg, num_steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
+    )
+    if not cfg.grad_clip:
+        return adamw
+    return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), adamw)
