@@ -13,10 +13,10 @@ NUM_PEOPLE = 24
 NUM_PLACES = 12
 _PEOPLE_PER_PLACE = NUM_PEOPLE // NUM_PLACES
 
-_FIRST = ("Be", "Bru", "Da", "Dre", "Fi", "Fo", "Ga", "Gri", "Ho", "Ja", "Ju", "Ka", "Klo", "Li", "Lu", "Ma", "Mo", "Ne", "Ni",
+_FIRST = ("Be", "Bru", "Da", "Dre", "Fi", "Fo", "Ga", "Gri", "Ho", "Ja", "Ju", "Ka", "Klo", "Li", "Lu", "Ma", "Mo", "Ne",
           "O", "Pa", "Pli", "Ra", "Ro", "Sa", "Sto", "Ta", "Tri", "U", "Va", "Vi", "Wa", "Ya", "Ze")
-_SHE_LAST = ("bel", "dia", "lina", "mira", "nika", "ressa", "sha", "vi", "ska", "thea", "lotta", "runa")
-_HE_LAST = ("bert", "dan", "gor", "lor", "mund", "rulf", "sko", "ton", "vik", "zek", "nard", "fo")
+_SHE_LAST = ("bella", "dia", "lina", "mira", "nika", "ressa", "sha", "via", "ska", "thea", "lotta", "runa")
+_HE_LAST = ("bert", "dan", "mar", "lor", "mund", "rulf", "sko", "ton", "vik", "zek", "nard", "rik")
 _PLACE_FIRST = ("Al", "Bar", "Cal", "Dun", "El", "Fen", "Hol", "Kel", "Lan", "Mar", "Nor", "Os", "Pen", "Quil", "Ros", "Sel",
                 "Tor", "Ul", "Wen", "Yor")
 _PLACE_LAST = ("wick", "ford", "dale", "ham", "mere", "stead", "by", "port", "ton", "field", "gate", "bury")
@@ -114,15 +114,15 @@ class World:
 
 
 def mention(world: World, name: str) -> str:
-    """How running text calls an entity: people and places by their name, things with an article ("the lantern")."""
-    return f"the {name}" if isinstance(world.by_name[name], Thing) else name
+    """How running text calls a name or value: things with an article ("the lantern"), all else as it is."""
+    return f"the {name}" if isinstance(world.by_name.get(name), Thing) else name
 
 
 def make_world(seed: int) -> World:
     """The world of `seed`: 24 people with 6 attributes, 12 places with 4, 20 things with 4.
 
-    Values are dealt out evenly (two people in each town, one landmark each, no two people alike), so that most questions
-    have several right answers and a guess is right as seldom as it can be. Raises UserError for a negative seed.
+    Values are dealt out evenly (two people in each town, one landmark each), so that many questions have
+    several right answers and a guess is as seldom right as it can be. Raises UserError for a negative seed.
     """
     if seed < 0:
         raise UserError(f"data.seed={seed}: a world needs a seed of 0 or more; choose another")

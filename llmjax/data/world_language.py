@@ -20,10 +20,10 @@ VALUES: dict[str, tuple[str, ...]] = {
                  "theatre", "tunnel", "museum"),
     "fruit": ("plums", "pears", "apples", "cherries", "figs", "lemons"),
     "season": ("spring", "summer", "autumn", "winter"),
-    "material": ("copper", "glass", "silk", "wool", "clay", "iron", "paper", "leather", "straw", "marble"),
+    "material": ("copper", "glass", "silk", "wool", "clay", "bronze", "paper", "leather", "straw", "marble"),
     "spot": ("attic", "cellar", "kitchen", "barn", "shed", "hallway", "pantry", "workshop", "bedroom", "stable"),
     "thing": ("lantern", "kite", "clock", "chair", "boat", "basket", "mirror", "teapot", "ladder", "blanket", "ring", "map",
-              "bell", "cup", "doll", "book", "key", "hat", "umbrella", "wagon"),
+              "bell", "cup", "doll", "book", "key", "hat", "spoon", "wagon"),
 }
 
 NOUNS = {"person": "person", "place": "town", "thing": "thing"}

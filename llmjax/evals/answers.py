@@ -54,11 +54,15 @@ def answer_prompts(
     cfg: ModelConfig,
     sampling: SamplingConfig,
     tokenizer: Tokenizer,
+    end_id: int,
     batch_size: int,
     mesh: Mesh | None = None,
     reference: Params | None = None,
 ) -> list[Answer]:
-    """One answer per prompt row [N, T], in batches of `batch_size` rows (the last one is filled up and cut)."""
+    """One answer per prompt row [N, T], in batches of `batch_size` rows (the last one is filled up and cut).
+
+    Each ends with `end_id` or at sampling.max_new_tokens. reference: a model to measure the KL against.
+    """
     count = len(prompts["tokens"])
     answers: list[Answer] = []
     for start in range(0, count, batch_size):
@@ -66,7 +70,7 @@ def answer_prompts(
         batch = put_batch({name: value[rows] for name, value in prompts.items()}, mesh)
         generation = generate(
             params, batch["tokens"], batch["segment_ids"], keys_N[rows],
-            cfg=cfg, sampling=sampling, end_id=tokenizer.end_id, pad_id=tokenizer.pad_id,
+            cfg=cfg, sampling=sampling, end_id=end_id, pad_id=tokenizer.pad_id,
         )  # fmt: skip
         kl_B = np.zeros(batch_size)
         if reference is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -102,3 +103,32 @@ def generate(
     start = (jnp.zeros((), jnp.int32), state, tokens_BR, floats_BR, floats_BR, ended_B)
     _, _, tokens_BR, log_probs_BR, mask_BR, ended_B = jax.lax.while_loop(unfinished, step, start)
     return Generation(tokens_BR, log_probs_BR, mask_BR, ended_B)
+
+
+def stream(
+    params: Params, prompt: list[int], key: Array, *, cfg: ModelConfig, sampling: SamplingConfig, end_id: int
+) -> Iterator[int]:
+    """Yields the tokens of one answer as they are made, without the end of turn.
+
+    The prompt is padded on the left to a power of two, so that a growing dialogue compiles a handful of shapes only.
+    """
+    length = 1 << max(len(prompt) - 1, 15).bit_length()
+    pad = length - len(prompt)
+    tokens_BT = jnp.asarray([[end_id] * pad + prompt], jnp.int32)
+    segment_ids_BT = jnp.asarray([[0] * pad + [1] * len(prompt)], jnp.int32)
+    state = _prefill(params, tokens_BT, segment_ids_BT, cfg, length + sampling.max_new_tokens)
+    for t in range(sampling.max_new_tokens):
+        token_B, state = _sample_and_step(params, state, jax.random.fold_in(key, t)[None], cfg, sampling)
+        token = int(token_B[0])
+        if token == end_id:
+            return
+        yield token
+
+
+_prefill = jax.jit(prefill, static_argnames=("cfg", "size"))
+
+
+@partial(jax.jit, static_argnames=("cfg", "sampling"), donate_argnums=1)
+def _sample_and_step(params, state: DecodeState, keys_B, cfg: ModelConfig, sampling: SamplingConfig):
+    token_B, _ = sample(state.logits, keys_B, sampling)
+    return token_B, decode_step(params, state, token_B, cfg)

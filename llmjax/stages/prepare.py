@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import os
-from typing import Callable, Iterable
+from typing import Callable, Iterable, Sequence
 
-from llmjax.config import fingerprint
+import numpy as np
+
 from llmjax.data.builder import open_world
 from llmjax.data.chat import encode_chat
+from llmjax.data.dialogues import Question
 from llmjax.data.packing import Packed, pack_examples, pack_stream
-from llmjax.data.sources import open_corpus
+from llmjax.data.sources import Corpus, open_corpus
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.stages.config import Experiment
@@ -20,7 +22,11 @@ ENCODE_BATCH = 1024
 
 
 def world_dir(workdir: str) -> str:
-    return os.path.join(workdir, "data", "world")
+    return os.path.join(workdir, "data")
+
+
+def corpus_of(experiment: Experiment, workdir: str) -> Corpus:
+    return open_corpus(experiment.data, world_dir(workdir))
 
 
 def load_tokenizer(experiment: Experiment, workdir: str) -> Tokenizer:
@@ -28,7 +34,61 @@ def load_tokenizer(experiment: Experiment, workdir: str) -> Tokenizer:
     directory = os.path.join(workdir, "tokenizer")
     if os.path.isdir(directory):
         return Tokenizer.load(directory)
-    corpus = open_corpus(experiment.data, world_dir(workdir))
-    tokenizer = Tokenizer.train(corpus.train, experiment.tokenizer)
+    tokenizer = Tokenizer.train(corpus_of(experiment, workdir).train, experiment.tokenizer)
     tokenizer.save(directory)
     return tokenizer
+
+
+def pretrain_data(run: Run) -> tuple[Packed, Packed]:
+    """Documents as packed windows of the pre-training length: training and held-out."""
+    length = run.experiment.pretrain.length
+
+    def pack(split: str) -> Packed:
+        corpus = corpus_of(run.experiment, run.workdir)
+        return pack_stream(_encoded(getattr(corpus, split), run.tokenizer), length)
+
+    return tuple(_once(run, f"pretrain-{split}-{length}", lambda s=split: pack(s)) for split in ("train", "validation"))
+
+
+def sft_data(run: Run) -> tuple[Packed, Packed]:
+    """Dialogues as packed windows of the SFT length, with the loss mask on the assistant's tokens."""
+    length = run.experiment.sft.length
+
+    def pack(split: str) -> Packed:
+        dialogues = open_world(run_world(run), "dialogues", split)
+        chats = (encode_chat(run.tokenizer, dialogues[i]) for i in range(len(dialogues)))
+        return pack_examples(((chat.tokens, chat.loss_mask) for chat in chats), length)
+
+    return tuple(_once(run, f"sft-{split}-{length}", lambda s=split: pack(s)) for split in ("train", "validation"))
+
+
+def questions(run: Run, split: str, num: int, purpose: str) -> list[Question]:
+    """`num` questions of the world, drawn without replacement in an order of their own for each purpose."""
+    source = open_world(run_world(run), "questions", split)
+    if num > len(source):
+        raise UserError(f"{purpose}: {num} {split} questions wanted, the world has {len(source)}; ask for fewer")
+    order = np.random.default_rng([run.experiment.seed, *purpose.encode()]).permutation(len(source))
+    return [source[int(i)] for i in order[:num]]
+
+
+def all_questions(run: Run, split: str) -> list[Question]:
+    source = open_world(run_world(run), "questions", split)
+    return [source[i] for i in range(len(source))]
+
+
+def run_world(run: Run) -> str:
+    """The world's folder; made now if it is not there."""
+    return corpus_of(run.experiment, run.workdir).directory
+
+
+def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterable[list[int]]:
+    texts = iter(texts)
+    while batch := list(itertools.islice(texts, ENCODE_BATCH)):
+        yield from tokenizer.encode_batch(batch)
+
+
+def _once(run: Run, name: str, make: Callable[[], Packed]) -> Packed:
+    directory = run.path("data", name)
+    if not os.path.isdir(directory):
+        make().save(directory)
+    return Packed.load(directory, mmap=True)

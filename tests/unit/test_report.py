@@ -136,8 +136,9 @@ def test_report_of_a_whole_run(tmp_path, moe):
     assert SCRIPT in text  # shown as text, not run
     assert checker.tags.count("svg") == (13 if moe else 10)
     for shown in ("1.12 bits per byte", "5-gram baseline 1.61: 30 % lower", "93.0 % of held-out prompts", "+86 points",
-                  "95.0 % of the noise ceiling (88.5 %)", "0.720 ± 0.020 points", "SFT 0.550 ± 0.015: +0.17 points", "6.8 standard errors",
-                  "8.70 nats per sequence", "4 min 45 s", "llmjax-chat --workdir=", "Resolved config"):
+                  "95.0 % of the noise ceiling (88.5 %)", "0.720 ± 0.020 points", "SFT 0.550 ± 0.015: +0.17 points",
+                  "6.8 standard errors", "8.70 nats per sequence", "4 min 45 s", "llmjax-chat --workdir=",
+                  "Resolved config"):
         assert shown in text, shown
     assert ("1.23 M active per token" in text) == moe
     assert ("Expert load" in text) == moe

@@ -1,0 +1,157 @@
+"""Dialogues -> tokens and loss mask, through a jinja2 chat template, with no way to forge a control token.
+
+The text of a message is marked with private-use characters before the template is rendered. The result is cut at the
+marks: what the template wrote is encoded with control tokens, what a message said without. No string that holds both
+is ever encoded, so "<|end|>" typed by a user stays text whatever the template does with it.
+"""
+
+import functools
+import json
+import re
+import typing
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.sandbox
+
+from llmjax.annotations import did_you_mean
+from llmjax.errors import UserError
+
+if typing.TYPE_CHECKING:
+    from llmjax.data.tokenizer import Tokenizer
+
+ROLES = ("system", "user", "assistant")
+
+DEFAULT_TEMPLATE = """\
+<|endoftext|>
+{%- for message in messages %}
+    {%- if message.role == "system" %}
+        {%- if not loop.first %}{{ raise_exception("a system message can only be the first") }}{% endif %}
+        {{- "<|system|>" + message.content + "<|end|>" }}
+    {%- elif message.role == "user" %}
+        {{- "<|user|>" + message.content + "<|end|>" }}
+    {%- elif message.role == "assistant" %}
+        {{- "<|assistant|>" }}
+        {%- generation %}{{ message.content + "<|end|>" }}{% endgeneration %}
+    {%- else %}
+        {{- raise_exception("unknown role " + message.role) }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "<|assistant|>" }}{% endif %}
+"""
+"""BOS, then each turn as <|role|>text<|end|>. Every turn ends in a control token, across which nothing merges, so the
+tokens of a dialogue's beginning are the beginning of its tokens. The text and <|end|> of the assistant are generated."""
+
+_CONTENT_BEGIN, _CONTENT_END, _GENERATION_BEGIN, _GENERATION_END = _MARKS = [chr(0xF5A30 + i) for i in range(4)]
+_SPLIT = re.compile(f"([{''.join(_MARKS)}])")
+
+
+class ChatTokens(NamedTuple):
+    """tokens: ids. loss_mask, of the same length: 1 on what the assistant is to produce, its end of turn included."""
+
+    tokens: list[int]
+    loss_mask: list[int]
+
+
+def encode_chat(
+    tokenizer: "Tokenizer", messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool = False
+) -> ChatTokens:
+    """Tokens and loss mask of a dialogue in `tokenizer.chat_template`.
+
+    Args:
+        tokenizer: gives the template and the two encodings.
+        messages: dicts with exactly "role" (one of ROLES) and "content" (any text; control tokens in it are text).
+        add_generation_prompt: ends in the header of the assistant, ready to be continued. The same tokens begin the
+            dialogue with the assistant's turn added.
+
+    Raises:
+        UserError: no message, a wrong role or field, a template that fails, or one that marks no
+            {% generation %} though the assistant speaks.
+    """
+    marked = [_mark(message, number) for number, message in enumerate(messages, start=1)]
+    if not marked:
+        raise UserError("the dialogue has no message; give at least one")
+    rendered = _render(tokenizer.chat_template, marked, add_generation_prompt)
+    chat = _encode_pieces(tokenizer, rendered)
+    if not any(chat.loss_mask) and any(message["role"] == "assistant" for message in messages):
+        raise UserError("the chat template marks no {% generation %} block; put one around the assistant's text")
+    return chat
+
+
+def _mark(message: Mapping[str, str], number: int) -> dict[str, str]:
+    where = f"message {number}"
+    for key in ("role", "content"):
+        if not isinstance(message.get(key), str):
+            raise UserError(f"{where}: {key}={message.get(key)!r} is not text; give role and content")
+    if message["role"] not in ROLES:
+        raise UserError(f"{where}: unknown role '{message['role']}'; {did_you_mean(message['role'], ROLES)}")
+    unknown = [key for key in message if key not in ("role", "content")]
+    if unknown:
+        raise UserError(f"{where}: unknown field '{unknown[0]}'; a message has role and content")
+    if _SPLIT.search(message["content"]):
+        raise UserError(f"{where}: holds a reserved private-use character (U+F5A30 to U+F5A33); remove it")
+    return {"role": message["role"], "content": f"{_CONTENT_BEGIN}{message['content']}{_CONTENT_END}"}
+
+
+def _render(template: str, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+    try:
+        return _compile(template).render(messages=messages, add_generation_prompt=add_generation_prompt)
+    except jinja2.TemplateSyntaxError as error:
+        raise UserError(f"chat template line {error.lineno}: {error.message}; mend the template") from error
+    except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:
+        reason = _SPLIT.sub("", " ".join(str(error).split()))
+        raise UserError(f"chat template: {reason}; mend the dialogue or the template") from error
+
+
+@functools.lru_cache(maxsize=16)
+def _compile(template: str) -> jinja2.Template:
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.globals["raise_exception"] = _raise_exception
+    environment.filters["tojson"] = _tojson  # jinja2's own escapes < and > for HTML
+    return environment.from_string(template)
+
+
+class _Generation(jinja2.ext.Extension):
+    """{% generation %}...{% endgeneration %}: the body, marked as what the assistant produces (as in transformers)."""
+
+    tags = {"generation"}
+
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        return jinja2.nodes.CallBlock(self.call_method("_marked"), [], [], body).set_lineno(line)
+
+    def _marked(self, caller) -> str:
+        return f"{_GENERATION_BEGIN}{caller()}{_GENERATION_END}"
+
+
+def _raise_exception(message: str):
+    raise jinja2.TemplateError(message)
+
+
+def _tojson(value, indent: int | None = None) -> str:
+    return json.dumps(value, ensure_ascii=False, indent=indent)
+
+
+def _encode_pieces(tokenizer: "Tokenizer", rendered: str) -> ChatTokens:
+    tokens, loss_mask = [], []
+    in_content, in_generation = False, False
+    for piece in _SPLIT.split(rendered):
+        if piece in (_CONTENT_BEGIN, _CONTENT_END):
+            if in_content == (piece == _CONTENT_BEGIN):
+                raise UserError("chat template: it takes a message's text apart; mend it so that texts stay whole")
+            in_content = not in_content
+        elif piece in (_GENERATION_BEGIN, _GENERATION_END):
+            in_generation = piece == _GENERATION_BEGIN
+        elif piece:
+            ids = tokenizer.encode(piece) if in_content else tokenizer.encode_template(piece)
+            tokens += ids
+            loss_mask += [int(in_generation)] * len(ids)
+    if in_content:
+        raise UserError("chat template: it takes a message's text apart; mend it so that texts stay whole")
+    return ChatTokens(tokens, loss_mask)

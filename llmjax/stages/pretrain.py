@@ -1,0 +1,53 @@
+"""Pre-training: text by self-supervision, to a base model."""
+
+from __future__ import annotations
+
+from llmjax.data.batches import make_batches, sequential_batches
+from llmjax.evals.language import bits_per_byte, held_out, language_metrics
+from llmjax.evals.ngram import ngram_nats
+from llmjax.models.spec import init_params
+from llmjax.models.stats import active_params, total_params
+from llmjax.models.transformer import transformer_spec
+from llmjax.objectives.lm import lm_loss
+from llmjax.stages.prepare import pretrain_data
+from llmjax.stages.run import Run, finish, fit
+from llmjax.stages.samples import continuations
+from llmjax.training.loop import Hook
+
+NGRAM_ORDER = 5
+
+
+def run_pretrain(run: Run) -> None:
+    """Trains from scratch on packed documents; reports held-out loss beside a 5-gram model of the same tokens."""
+    cfg, model = run.experiment.pretrain, run.model
+    train_data, eval_data = pretrain_data(run)
+    batches = make_batches(train_data.arrays(), batch_size=cfg.batch_size, seed=run.experiment.seed)
+    token_bytes = run.tokenizer.token_bytes()
+    specs = transformer_spec(model)
+
+    def evaluate(step, state, max_batches=cfg.eval_batches):
+        nats, tokens, num_bytes = 0.0, 0, 0
+        for i, batch in enumerate(sequential_batches(eval_data.arrays(), cfg.batch_size)):
+            if max_batches and i == max_batches:
+                break
+            more_nats, more_tokens = held_out(state.params, [batch], model, run.mesh)
+            nats, tokens = nats + more_nats, tokens + more_tokens
+            num_bytes += int((token_bytes[batch["targets"]] * batch["loss_mask"]).sum())
+        return language_metrics(nats, tokens, num_bytes)
+
+    trained = fit(
+        run, "pretrain", specs, init_params(specs, run.key("pretrain", "init"), run.mesh),
+        lambda params, batch, key: lm_loss(params, batch, key, model), batches, cfg.optimizer, cfg.steps,
+        cfg.batch_size * cfg.length, cfg.length, [Hook(cfg.eval_every, evaluate)],
+    )  # fmt: skip
+    metrics = evaluate(cfg.steps, trained, max_batches=0)
+    nats, tokens = ngram_nats(train_data.streams(), eval_data.streams(), order=NGRAM_ORDER, vocab_size=model.vocab_size)
+    num_bytes = sum(int(token_bytes[stream].sum()) for stream in eval_data.streams())
+    metrics |= {
+        "ngram5_loss": nats / tokens,
+        "ngram5_bits_per_byte": bits_per_byte(nats, num_bytes),
+        "num_params": total_params(model),
+        "num_active_params": active_params(model),
+        "train_tokens": trained.tokens,
+    }
+    finish(run, "pretrain", trained.params, trained, metrics, continuations(run, trained.params, eval_data))

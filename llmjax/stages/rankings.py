@@ -1,0 +1,79 @@
+"""K answers of a model to each prompt, ranked by the annotator: made once, kept as rankings-*.jsonl in the workdir."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any, Sequence
+
+import jax
+import numpy as np
+
+from llmjax.data.dialogues import Question
+from llmjax.data.gold import judge, noisy_ranks
+from llmjax.data.prompts import right_pad
+from llmjax.evals.answers import answer_prompts, question_prompts
+from llmjax.files import read_text, write_text_atomic
+from llmjax.stages.prepare import questions
+from llmjax.stages.run import Run
+
+
+def load_rankings(run: Run, split: str, num: int) -> list[dict[str, Any]]:
+    """Rows {"id", "prompt", "prompt_tokens", "answers": [{"text", "tokens", "gold", "rank"}]}; sampled if not there.
+
+    rank: 0 is best, equal ranks are ties. gold: the judge's score before the annotator's error.
+    """
+    path = run.path("reward", f"rankings-{split}.jsonl")
+    if not os.path.exists(path):
+        run.say(f"reward    {run.experiment.reward.k} answers to each of {num} {split} prompts, ranked")
+        rows = _sample_and_rank(run, split, num)
+        if jax.process_index() == 0:
+            write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        return rows
+    return [json.loads(line) for line in read_text(path).splitlines()]
+
+
+def _sample_and_rank(run: Run, split: str, num: int) -> list[dict[str, Any]]:
+    cfg = run.experiment.reward
+    asked = questions(run, split, num, f"reward-{split}")
+    prompts = question_prompts(asked, run.tokenizer, cfg.prompt_length)
+    repeated = {name: np.repeat(value, cfg.k, axis=0) for name, value in prompts.items()}
+    answers = answer_prompts(
+        run.load_lm(cfg.init), repeated, jax.random.split(run.key("reward", "answers", split), num * cfg.k),
+        cfg=run.model, sampling=cfg.sampling, tokenizer=run.tokenizer, end_id=run.tokenizer.end_id,
+        batch_size=run.experiment.evaluation.batch_size, mesh=run.mesh,
+    )  # fmt: skip
+    rng = np.random.default_rng([run.experiment.seed, *split.encode()])
+    rows = []
+    for i, question in enumerate(asked):
+        own = answers[i * cfg.k : (i + 1) * cfg.k]
+        tokens = prompts["tokens"][i][prompts["segment_ids"][i] > 0]
+        rows.append(_rank(question, own, tokens.tolist(), rng, cfg.label_noise))
+    return rows
+
+
+def _rank(question: Question, answers: Sequence, prompt_tokens: list[int], rng, noise: float) -> dict[str, Any]:
+    gold = [judge(question, a.text, a.ended).score for a in answers]
+    ranks = noisy_ranks(gold, rng, noise, keys=[(a.text, a.ended) for a in answers])
+    return {
+        "id": question.id,
+        "prompt": question.text,
+        "prompt_tokens": prompt_tokens,
+        "answers": [
+            {"text": a.text, "tokens": list(a.tokens), "gold": score, "rank": int(rank)}
+            for a, score, rank in zip(answers, gold, ranks)
+        ],
+    }
+
+
+def ranking_arrays(rows: Sequence[dict[str, Any]], length: int, pad_id: int) -> dict[str, np.ndarray]:
+    """tokens, segment_ids [N, K, length], ranks [N, K] int32, gold [N, K] float32. Prompt and answer, padded right."""
+    k = len(rows[0]["answers"])
+    texts = [row["prompt_tokens"] + answer["tokens"] for row in rows for answer in row["answers"]]
+    tokens, segment_ids = right_pad(texts, length, pad_id)
+    return {
+        "tokens": tokens.reshape(-1, k, length),
+        "segment_ids": segment_ids.reshape(-1, k, length),
+        "ranks": np.array([[a["rank"] for a in row["answers"]] for row in rows], np.int32),
+        "gold": np.array([[a["gold"] for a in row["answers"]] for row in rows], np.float32),
+    }

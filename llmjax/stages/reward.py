@@ -1,0 +1,89 @@
+"""The reward model: from ranked answers to a scalar that stands for people's preference."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import numpy as np
+
+from llmjax.data.batches import make_batches
+from llmjax.data.gold import noise_ceiling
+from llmjax.models.heads import ScalarModel, scalar_model_spec
+from llmjax.models.spec import init_params
+from llmjax.objectives.reward import pairwise_ranking_loss, reward_loss, reward_of
+from llmjax.sharding import put_batch
+from llmjax.stages.rankings import load_rankings, ranking_arrays
+from llmjax.stages.run import Run, finish, fit
+
+
+def run_reward(run: Run) -> None:
+    """Trains on the rankings from the `init` model; held-out accuracy is compared with what the labels' noise allows.
+
+    At the end the head is shifted and scaled so that the rewards of the `init` model's own answers have mean 0 and
+    standard deviation 1 (Ziegler et al. 2019, section 2.1); rankings do not change.
+    """
+    cfg, model = run.experiment.reward, run.model
+    length = cfg.prompt_length + cfg.sampling.max_new_tokens
+    rows = {
+        split: ranking_arrays(load_rankings(run, split, num), length, run.tokenizer.pad_id)
+        for split, num in (("train", cfg.num_prompts), ("validation", cfg.num_eval_prompts))
+    }
+    inputs = ("tokens", "segment_ids", "ranks")
+    batches = make_batches(
+        {name: rows["train"][name] for name in inputs}, batch_size=cfg.batch_size, seed=run.experiment.seed
+    )
+    trained = fit(
+        run, "reward", scalar_model_spec(model), start_params(run),
+        lambda params, batch, key: reward_loss(params, batch, key, model), batches, cfg.optimizer, cfg.steps,
+        cfg.batch_size * cfg.k * length, length,
+    )  # fmt: skip
+    train_rewards = score_all(run, trained.params, rows["train"])
+    params = normalised(trained.params, float(train_rewards.mean()), float(train_rewards.std()))
+    held_out = rows["validation"]
+    rewards = score_all(run, params, held_out)
+    loss, accuracy = pairwise_ranking_loss(rewards, held_out["ranks"])
+    ceiling = noise_ceiling(held_out["gold"], held_out["ranks"])
+    metrics = {
+        "accuracy": float(accuracy),
+        "noise_ceiling": ceiling,
+        "accuracy_of_ceiling": float(accuracy) / ceiling,
+        "gold_accuracy": float(pairwise_ranking_loss(rewards, _exact_ranks(held_out["gold"]))[1]),
+        "loss": float(loss),
+    }
+    finish(run, "reward", params, trained, metrics)
+
+
+def start_params(run: Run) -> ScalarModel:
+    """The `init` model as backbone, a fresh head."""
+    head = init_params(scalar_model_spec(run.model), run.key("reward", "init"), run.mesh)
+    return head.replace(backbone=run.load_lm(run.experiment.reward.init))
+
+
+def score_all(run: Run, params: ScalarModel, rows: dict[str, np.ndarray]) -> np.ndarray:
+    """Rewards [N, K] of all answers, scored in batches of evaluation.batch_size answers."""
+    n, k, length = rows["tokens"].shape
+    flat = {name: rows[name].reshape(n * k, length) for name in ("tokens", "segment_ids")}
+    size = run.experiment.evaluation.batch_size
+    rewards = []
+    for start in range(0, n * k, size):
+        index = np.minimum(np.arange(start, start + size), n * k - 1)
+        batch = put_batch({name: value[index] for name, value in flat.items()}, run.mesh)
+        rewards.append(np.asarray(_score(params, batch["tokens"], batch["segment_ids"], cfg=run.model)))
+    return np.concatenate(rewards)[: n * k].reshape(n, k)
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _score(params, tokens_BT, segment_ids_BT, cfg):
+    return reward_of(params, tokens_BT, segment_ids_BT, cfg)[0]
+
+
+def normalised(params: ScalarModel, mean: float, std: float) -> ScalarModel:
+    """The same ranking with rewards (r - mean) / std."""
+    gain = 1.0 / max(std, 1e-6)
+    return params.replace(weight=params.weight * gain, bias=(params.bias - mean) * gain)
+
+
+def _exact_ranks(gold: np.ndarray) -> np.ndarray:
+    """Ranks by the gold score itself, equal scores tied: [N, K] int32, 0 is best."""
+    return (gold[:, None, :] > gold[:, :, None]).sum(axis=2).astype(np.int32)
