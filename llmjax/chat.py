@@ -55,15 +55,16 @@ class Chat:
         import jax
 
         from llmjax.data.chat import encode_chat
+        from llmjax.data.tokenizer import DecodeStream
         from llmjax.generation.decode import stream
 
         self.messages.append({"role": "user", "content": message})
         tokens = encode_chat(self.run.tokenizer, self.messages, add_generation_prompt=True).tokens
         self._key, key = jax.random.split(self._key)
-        decoder, text = self.run.tokenizer.decode_stream(), ""
+        decoder, text = DecodeStream(self.run.tokenizer), ""
         for token in stream(self.params, tokens, key, cfg=self.run.model, sampling=self.sampling,
                             end_id=self.run.tokenizer.end_id):  # fmt: skip
-            piece = decoder.push(token)
+            piece = decoder.step(token)
             text += piece
             yield piece
         self.messages.append({"role": "assistant", "content": text.strip()})

@@ -144,7 +144,8 @@ def _arithmetic_questions() -> Iterator[Question]:
         for b in range(1, LARGEST_TERM + 1):
             for kind, x, word, result in (("sum", a, "plus", a + b), ("difference", a + b, "minus", a)):
                 group = f"{x} {word} {b}"
-                for i, text in enumerate(_ARITHMETIC[kind][0]):
+                # Two of the four phrasings each, so that numbers do not outweigh people.
+                for i, text in list(enumerate(_ARITHMETIC[kind][0]))[(a + b) % 2 :: 2]:
                     yield Question(f"{group}/{i}", text.format(a=x, b=b), kind, group, (str(result),), numbers, group)
 
 
@@ -215,7 +216,7 @@ def _core(world: World, question: Question, hidden: frozenset[str], rng: np.rand
         attribute = language.BY_NAME[fact.attribute]
         others = [value for value in world.values(attribute.type) if value != fact.value]
         value = pick(rng, others) if wrong else fact.value
-        return _spoken(world, pick(rng, attribute.answers), fact.subject, value, value, full)
+        return fill(pick(rng, attribute.answers), mention(world, fact.subject), value)
     attribute = language.BY_NAME[question.attribute]
     if question.kind != "reverse":
         value = _value(question, question.answers, rng, wrong)

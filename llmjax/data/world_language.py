@@ -104,7 +104,7 @@ _PERSON = (
         "colour", "person", "colour",
         ("likes the colour {v}", "wears {v} clothes", "thinks that {v} is the best colour", "paints every door {v}",
          "dresses in {v} every day", "has always liked the colour {v}"),
-        ("Clothes in {v} are right for {s}.", "The door painted {v} is the door of {s}.", "The colour {v} makes one think of {s}."),
+        ("Clothes in {v} are right for {s}.", "Behind a {v} door lives {s}.", "The colour {v} makes one think of {s}."),
         ("What is the favourite colour of {s}?", "Which colour does {s} like?", "What colour are the clothes of {s}?",
          "Can you tell me the favourite colour of {s}?", "In which colour does {s} dress?",
          "I will paint a door for {s}. Which colour is right?"),
@@ -113,7 +113,7 @@ _PERSON = (
         ("Who likes the colour {v}?", "Name someone who wears {v} clothes.", "Who paints every door {v}?",
          "Tell me the name of a person who dresses in {v}."),
         ("{s} likes the colour {v}.", "{s} wears {v} clothes.", "One person who likes {v} is {s}.",
-         "The door painted {v} is the door of {s}."),
+         "Behind a {v} door lives {s}."),
     ),
     Attribute(
         "music", "person", "instrument",

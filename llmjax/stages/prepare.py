@@ -8,7 +8,7 @@ from typing import Callable, Iterable, Sequence
 
 import numpy as np
 
-from llmjax.data.builder import open_world
+from llmjax.data.builder import WorldSource, open_world, prepare_world
 from llmjax.data.chat import encode_chat
 from llmjax.data.dialogues import Question
 from llmjax.data.packing import Packed, pack_examples, pack_stream
@@ -21,12 +21,12 @@ from llmjax.stages.run import Run
 ENCODE_BATCH = 1024
 
 
-def world_dir(workdir: str) -> str:
+def data_dir(workdir: str) -> str:
     return os.path.join(workdir, "data")
 
 
 def corpus_of(experiment: Experiment, workdir: str) -> Corpus:
-    return open_corpus(experiment.data, world_dir(workdir))
+    return open_corpus(experiment.data, data_dir(workdir))
 
 
 def load_tokenizer(experiment: Experiment, workdir: str) -> Tokenizer:
@@ -55,8 +55,8 @@ def sft_data(run: Run) -> tuple[Packed, Packed]:
     length = run.experiment.sft.length
 
     def pack(split: str) -> Packed:
-        dialogues = open_world(run_world(run), "dialogues", split)
-        chats = (encode_chat(run.tokenizer, dialogues[i]) for i in range(len(dialogues)))
+        dialogues = world(run, "dialogues", split)
+        chats = (encode_chat(run.tokenizer, dialogue["messages"]) for dialogue in dialogues)
         return pack_examples(((chat.tokens, chat.loss_mask) for chat in chats), length)
 
     return tuple(_once(run, f"sft-{split}-{length}", lambda s=split: pack(s)) for split in ("train", "validation"))
@@ -64,21 +64,25 @@ def sft_data(run: Run) -> tuple[Packed, Packed]:
 
 def questions(run: Run, split: str, num: int, purpose: str) -> list[Question]:
     """`num` questions of the world, drawn without replacement in an order of their own for each purpose."""
-    source = open_world(run_world(run), "questions", split)
+    source = world(run, "questions", split)
     if num > len(source):
         raise UserError(f"{purpose}: {num} {split} questions wanted, the world has {len(source)}; ask for fewer")
     order = np.random.default_rng([run.experiment.seed, *purpose.encode()]).permutation(len(source))
-    return [source[int(i)] for i in order[:num]]
+    return source.__getitems__([int(i) for i in order[:num]])
 
 
 def all_questions(run: Run, split: str) -> list[Question]:
-    source = open_world(run_world(run), "questions", split)
-    return [source[i] for i in range(len(source))]
+    source = world(run, "questions", split)
+    return source[:]
 
 
-def run_world(run: Run) -> str:
-    """The world's folder; made now if it is not there."""
-    return corpus_of(run.experiment, run.workdir).directory
+def world(run: Run, kind: str, split: str) -> WorldSource:
+    """The "dialogues" or "questions" of the built-in world, which is made now if it is not there."""
+    data = run.experiment.data
+    folder = prepare_world(
+        data_dir(run.workdir), seed=data.seed, num_documents=data.num_documents, num_dialogues=data.num_dialogues
+    )
+    return open_world(folder, kind, split)
 
 
 def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterable[list[int]]:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from llmjax.data.batches import make_batches, sequential_batches
+from llmjax.data.packing import Packed
 from llmjax.evals.language import bits_per_byte, held_out, language_metrics
 from llmjax.evals.ngram import ngram_nats
 from llmjax.models.spec import init_params
@@ -41,8 +44,9 @@ def run_pretrain(run: Run) -> None:
         cfg.batch_size * cfg.length, cfg.length, [Hook(cfg.eval_every, evaluate)],
     )  # fmt: skip
     metrics = evaluate(cfg.steps, trained, max_batches=0)
-    nats, tokens = ngram_nats(train_data.streams(), eval_data.streams(), order=NGRAM_ORDER, vocab_size=model.vocab_size)
-    num_bytes = sum(int(token_bytes[stream].sum()) for stream in eval_data.streams())
+    train_streams, eval_streams = (document_streams(data, run.tokenizer.endoftext_id) for data in (train_data, eval_data))
+    nats, tokens = ngram_nats(train_streams, eval_streams, order=NGRAM_ORDER, vocab_size=model.vocab_size)
+    num_bytes = sum(int(token_bytes[stream].sum()) for stream in eval_streams)
     metrics |= {
         "ngram5_loss": nats / tokens,
         "ngram5_bits_per_byte": bits_per_byte(nats, num_bytes),
@@ -51,3 +55,9 @@ def run_pretrain(run: Run) -> None:
         "train_tokens": trained.tokens,
     }
     finish(run, "pretrain", trained.params, trained, metrics, continuations(run, trained.params, eval_data))
+
+
+def document_streams(packed: Packed, endoftext_id: int) -> list[np.ndarray]:
+    """The packed documents one by one, each with its <|endoftext|>: what a model of the packed rows has to predict."""
+    targets = np.asarray(packed.targets)[np.asarray(packed.loss_mask) > 0]
+    return [part for part in np.split(targets, np.flatnonzero(targets == endoftext_id) + 1) if part.size]

@@ -13,6 +13,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
+from llmjax.data.batches import BatchSource
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.files import read_json, write_json_atomic
 from llmjax.models.config import ModelConfig
@@ -22,7 +23,7 @@ from llmjax.models.transformer import Params, transformer_spec
 from llmjax.stages.config import Experiment
 from llmjax.training import checkpoint
 from llmjax.training.checkpoint import Checkpoints
-from llmjax.training.loop import Batches, Hook, Loop, StepFn, train
+from llmjax.training.loop import Hook, Loop, StepFn, train
 from llmjax.training.metrics import MetricsLog
 from llmjax.training.optimizer import OptimizerConfig, make_optimizer
 from llmjax.training.rng import key_for
@@ -85,7 +86,7 @@ def fit(
     specs: Any,
     start_params: Any,
     loss_fn: LossFn,
-    batches: Batches,
+    batches: BatchSource,
     optimizer: OptimizerConfig,
     num_steps: int,
     tokens_per_step: int,
@@ -106,7 +107,7 @@ def fit_state(
     abstract: TrainState,
     start_params: Any,
     step_fn: StepFn,
-    batches: Batches,
+    batches: BatchSource,
     num_steps: int,
     tokens_per_step: int,
     length: int,

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Protocol, Sequence
+from typing import Any, Callable, Mapping, Sequence
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from llmjax.data.batches import BatchSource, iterate
 from llmjax.errors import UserError
 from llmjax.sharding import put_batch
 from llmjax.training.checkpoint import Checkpoints, to_host
@@ -19,12 +20,6 @@ from llmjax.training.progress import Progress
 from llmjax.training.state import TrainState
 
 StepFn = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Mapping[str, Any]]]
-
-
-class Batches(Protocol):
-    """Batches by step: a pure function of seed and step, so that a resume needs one integer."""
-
-    def __getitem__(self, step: int) -> dict[str, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -57,7 +52,7 @@ class Loop:
     verbose: bool = True
 
 
-def train(loop: Loop, state: TrainState, abstract: TrainState, step_fn: StepFn, batches: Batches) -> TrainState:
+def train(loop: Loop, state: TrainState, abstract: TrainState, step_fn: StepFn, batches: BatchSource) -> TrainState:
     """Runs from the newest checkpoint, or from `state`, to `loop.num_steps`; returns the last state.
 
     Step s uses batch s and the key folded with s, so an interrupted run, continued, makes the very same updates. The
@@ -71,9 +66,8 @@ def train(loop: Loop, state: TrainState, abstract: TrainState, step_fn: StepFn, 
     report = _Reporter(loop, start)
     saved_at = time.monotonic()
     try:
-        for step in range(start, loop.num_steps):
-            batch = put_batch(batches[step], loop.mesh)
-            state, metrics = step_fn(state, batch, jax.random.fold_in(loop.key, step))
+        for step, batch in enumerate(iterate(batches, start, loop.num_steps), start):
+            state, metrics = step_fn(state, put_batch(batch, loop.mesh), jax.random.fold_in(loop.key, step))
             report.step(step + 1, metrics)
             for hook in loop.hooks:
                 if (step + 1) % hook.every == 0 or step + 1 == loop.num_steps:
