@@ -28,15 +28,16 @@ class WorldText(tfds.core.GeneratorBasedBuilder):
     """The world of one seed as three TFDS configs: "documents", "dialogues" and "questions", each train and validation.
 
     Every example has one feature: "text" of a document, "messages" of a dialogue (JSON: list of role and content) or
-    "question" (JSON of the fields of `dialogues.Question`). Documents take 1 in 20 more for validation, dialogues 1 in 10.
+    "question" (JSON of the fields of `dialogues.Question`). The sizes are those of train; validation has 1/20 as many
+    documents and 1/10 as many dialogues, at least 20 of each.
     """
 
     VERSION = tfds.core.Version(_VERSION)
     RELEASE_NOTES = {_VERSION: "Initial release."}
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=kind, description=f"The {kind} of the world.") for kind in KINDS]
 
-    # No checksum or README files lie beside this module. To look for them TFDS would import importlib_resources, which it
-    # uses without requiring it.
+    # No checksum or README files lie beside this module. To look for them TFDS would import importlib_resources, which
+    # it uses without requiring it.
     code_path = None
 
     def __init__(self, *, seed: int = 0, num_documents: int = 25_000, num_dialogues: int = 4_000, **kwargs):
@@ -45,8 +46,11 @@ class WorldText(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> tfds.core.DatasetInfo:
         feature = {"documents": "text", "dialogues": "messages", "questions": "question"}[self.builder_config.name]
-        return tfds.core.DatasetInfo(builder=self, description=self.builder_config.description,
-                                     features=tfds.features.FeaturesDict({feature: tfds.features.Text()}))
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description=self.builder_config.description,
+            features=tfds.features.FeaturesDict({feature: tfds.features.Text()}),
+        )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
         return {split: self._generate_examples(split) for split in SPLITS}
@@ -69,8 +73,8 @@ class WorldText(tfds.core.GeneratorBasedBuilder):
 class WorldSource:
     """Random access to one kind and split: `len(source)`, `source[i]`, `source[start:stop]` and iteration.
 
-    Examples are plain Python: str for "documents", {"messages": [{"role", "content"}, ...]} for "dialogues", Question for
-    "questions". The order on disk is a fixed shuffle. Serves as a source of `grain.MapDataset.source`.
+    Examples are plain Python: str for "documents", {"messages": [{"role", "content"}, ...]} for "dialogues", Question
+    for "questions". The order on disk is a fixed shuffle. Serves as a source of `grain.MapDataset.source`.
     """
 
     kind: str
@@ -124,10 +128,18 @@ def prepare_world(data_dir: str | os.PathLike, *, seed: int, num_documents: int,
         try:
             with _quiet():
                 for kind in KINDS:
-                    builder = WorldText(config=kind, data_dir=str(unfinished), file_format="array_record", seed=seed,
-                                        num_documents=num_documents, num_dialogues=num_dialogues)
+                    builder = WorldText(
+                        config=kind,
+                        data_dir=str(unfinished),
+                        file_format="array_record",
+                        seed=seed,
+                        num_documents=num_documents,
+                        num_dialogues=num_dialogues,
+                    )
                     builder.download_and_prepare(download_config=tfds.download.DownloadConfig(try_download_gcs=False))
-            shutil.rmtree(unfinished / "downloads", ignore_errors=True)  # Made by TFDS, and empty: nothing is downloaded.
+            shutil.rmtree(
+                unfinished / "downloads", ignore_errors=True
+            )  # Made by TFDS, and empty: nothing is downloaded.
             if not folder.is_dir():
                 os.replace(unfinished, folder)
         finally:
@@ -135,7 +147,9 @@ def prepare_world(data_dir: str | os.PathLike, *, seed: int, num_documents: int,
     except OSError as error:
         if not folder.is_dir():  # Another process may have finished the same world first.
             reason = error.strerror or error
-            raise UserError(f"data_dir={data_dir}: the world cannot be written ({reason}); choose another folder") from error
+            raise UserError(
+                f"data_dir={data_dir}: the world cannot be written ({reason}); choose another folder"
+            ) from error
     return str(folder)
 
 

@@ -42,8 +42,8 @@ DEFAULT_TEMPLATE = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ "<|assistant|>" }}{% endif %}
 """
-"""BOS, then each turn as <|role|>text<|end|>. Every turn ends in a control token, across which nothing merges, so the
-tokens of a dialogue's beginning are the beginning of its tokens. The text and <|end|> of the assistant are generated."""
+"""BOS, then each turn as <|role|>text<|end|>. The text and <|end|> of the assistant are generated. Every turn ends in a
+control token, across which nothing merges, so the tokens of a dialogue's beginning are the beginning of its tokens."""
 
 _CONTENT_BEGIN, _CONTENT_END, _GENERATION_BEGIN, _GENERATION_END = _MARKS = [chr(0xF5A30 + i) for i in range(4)]
 _SPLIT = re.compile(f"([{''.join(_MARKS)}])")

@@ -19,17 +19,19 @@ from llmjax.data.world_stories import LARGEST_TERM
 from llmjax.errors import UserError
 
 MAX_ANSWER_WORDS = 20
-_ARITHMETIC = {"sum": (language.SUM_QUESTIONS, language.SUM_ANSWERS),
-               "difference": (language.DIFFERENCE_QUESTIONS, language.DIFFERENCE_ANSWERS)}
+_ARITHMETIC = {
+    "sum": (language.SUM_QUESTIONS, language.SUM_ANSWERS),
+    "difference": (language.DIFFERENCE_QUESTIONS, language.DIFFERENCE_ANSWERS),
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
     """A question that a program can judge the answers of.
 
-    `kind` is "person", "place", "thing" (an attribute of one), "reverse", "sum", "difference" or "open". `subject` is what
-    a full answer must mention: a name, the value of a reverse question, or "3 plus 4". `answers` are all right short
-    values, `candidates` all values of the asked type, `attribute` the relation asked about ("" for sums and open
+    `kind` is "person", "place", "thing" (an attribute of one), "reverse", "sum", "difference" or "open". `subject` is
+    what a full answer must mention: a name, the value of a reverse question, or "3 plus 4". `answers` are all right
+    short values, `candidates` all values of the asked type, `attribute` the relation asked about ("" for sums and open
     questions) and `rivals` what may not stand in the subject's place. `group` is the unit that is held out.
     """
 
@@ -79,8 +81,9 @@ def questions(world: World, split: str, *, held_out: float = 0.14) -> tuple[Ques
     return tuple(q for q in _all_questions(world) if (q.group in hidden) == (split == "validation"))
 
 
-def demonstrations(world: World, split: str, num: int, seed: int, *, held_out: float = 0.14,
-                   people: Demonstrators = Demonstrators()) -> Iterator[Dialogue]:
+def demonstrations(
+    world: World, split: str, num: int, seed: int, *, held_out: float = 0.14, people: Demonstrators = Demonstrators()
+) -> Iterator[Dialogue]:
     """`num` dialogues of one or two turns with answers of at most 20 words; the same arguments give the same dialogues.
 
     The kind of question is drawn first, so that few kinds with many questions do not crowd out the others.
@@ -92,7 +95,15 @@ def demonstrations(world: World, split: str, num: int, seed: int, *, held_out: f
     for question in asked:
         by_kind.setdefault(question.kind, []).append(question)
         by_subject.setdefault(question.subject, []).append(question)
-    weights = {"person": 0.34, "place": 0.12, "thing": 0.18, "reverse": 0.14, "sum": 0.06, "difference": 0.06, "open": 0.10}
+    weights = {
+        "person": 0.34,
+        "place": 0.12,
+        "thing": 0.18,
+        "reverse": 0.14,
+        "sum": 0.06,
+        "difference": 0.06,
+        "open": 0.10,
+    }
     kinds = [kind for kind in weights if kind in by_kind]
     ends = np.cumsum([weights[kind] for kind in kinds])
     for _ in range(num):
@@ -115,7 +126,7 @@ def _fact_group(subject: str, attribute: str) -> str:
 
 
 def _fact_questions(world: World) -> Iterator[Question]:
-    for kind, attributes in language.ATTRIBUTES.items():
+    for kind in language.ATTRIBUTES:
         names = world.values(kind)
         for fact in world.facts:
             attribute = language.BY_NAME[fact.attribute]
@@ -123,9 +134,16 @@ def _fact_questions(world: World) -> Iterator[Question]:
                 continue
             for i, text in enumerate(attribute.questions):
                 yield Question(
-                    f"{fact.subject}/{fact.attribute}/{i}", text.format(s=mention(world, fact.subject)), kind, fact.subject,
-                    (fact.value,), world.values(attribute.type), _fact_group(fact.subject, fact.attribute), fact.attribute,
-                    tuple(name for name in names if name != fact.subject))
+                    f"{fact.subject}/{fact.attribute}/{i}",
+                    text.format(s=mention(world, fact.subject)),
+                    kind,
+                    fact.subject,
+                    (fact.value,),
+                    world.values(attribute.type),
+                    _fact_group(fact.subject, fact.attribute),
+                    fact.attribute,
+                    tuple(name for name in names if name != fact.subject),
+                )
 
 
 def _reverse_questions(world: World) -> Iterator[Question]:
@@ -134,8 +152,17 @@ def _reverse_questions(world: World) -> Iterator[Question]:
         rivals = tuple(other for other in world.values(attribute.type) if other != value)
         for i, text in enumerate(attribute.reverse_questions):
             group = f"reverse/{attribute_name}/{value}"
-            yield Question(f"{group}/{i}", fill(text, "", value), "reverse", value, names, world.values(attribute.kind), group,
-                           attribute_name, rivals)
+            yield Question(
+                f"{group}/{i}",
+                fill(text, "", value),
+                "reverse",
+                value,
+                names,
+                world.values(attribute.kind),
+                group,
+                attribute_name,
+                rivals,
+            )
 
 
 def _arithmetic_questions() -> Iterator[Question]:
@@ -160,8 +187,17 @@ def _open_questions(world: World) -> Iterator[Question]:
             rivals = tuple(name for name in world.values(kind) if name != entity.name)
             for i, text in enumerate(language.OPEN_QUESTIONS):
                 group = f"open/{entity.name}"
-                yield Question(f"{group}/{i}", text.format(s=mention(world, entity.name)), "open", entity.name, tuple(true),
-                               tuple(candidates), group, "", rivals)
+                yield Question(
+                    f"{group}/{i}",
+                    text.format(s=mention(world, entity.name)),
+                    "open",
+                    entity.name,
+                    tuple(true),
+                    tuple(candidates),
+                    group,
+                    "",
+                    rivals,
+                )
 
 
 @functools.lru_cache(maxsize=4)
@@ -179,39 +215,51 @@ def _hidden_groups(world: World, fraction: float) -> frozenset[str]:
         if not members or members[-1] != question.group:
             members.append(question.group)
     hidden = {group for kind in groups for group in sample(rng, groups[kind], round(fraction * len(groups[kind])))}
-    # A reverse question whose every right answer is a held-out fact could not be answered without giving that fact away.
+    # A reverse question whose every right answer is a held-out fact cannot be answered without giving a fact away.
     for (attribute, value), names in world.having.items():
         if all(_fact_group(name, attribute) in hidden for name in names):
             hidden.add(f"reverse/{attribute}/{value}")
     return frozenset(hidden)
 
 
-def _answer(world: World, question: Question, hidden: frozenset[str], rng: np.random.Generator, people: Demonstrators) -> str:
+def _answer(
+    world: World, question: Question, hidden: frozenset[str], rng: np.random.Generator, people: Demonstrators
+) -> str:
     """One answer with its independent virtues and faults; drawn again in the rare case that it is too long."""
     while True:
         polite, full, rambling, wrong, bare_end = (
-            rng.random() < p for p in (people.polite, people.full_sentence, people.rambling, people.wrong, people.no_period))
+            rng.random() < p
+            for p in (people.polite, people.full_sentence, people.rambling, people.wrong, people.no_period)
+        )
         core = _core(world, question, hidden, rng, full, wrong)
         parts = [core]
         if rambling:
             parts.append(_aside(world, question, hidden, rng))
         if polite:
-            parts = [pick(rng, language.COURTESY_FIRST), *parts] if rng.integers(2) else [
-                *parts, pick(rng, language.COURTESY_LAST)]
+            parts = (
+                [pick(rng, language.COURTESY_FIRST), *parts]
+                if rng.integers(2)
+                else [*parts, pick(rng, language.COURTESY_LAST)]
+            )
         text = " ".join(parts)
         if len(text.split()) <= MAX_ANSWER_WORDS:
             return text.rstrip(".!") if bare_end else text
 
 
-def _core(world: World, question: Question, hidden: frozenset[str], rng: np.random.Generator, full: bool,
-          wrong: bool) -> str:
+def _core(
+    world: World, question: Question, hidden: frozenset[str], rng: np.random.Generator, full: bool, wrong: bool
+) -> str:
     """The sentence or bare value that answers."""
     if question.kind in _ARITHMETIC:
         value = _value(question, question.answers, rng, wrong)
         a, b = question.subject.split()[::2]
         return pick(rng, _ARITHMETIC[question.kind][1]).format(a=a, b=b, r=value) if full else f"{value}."
     if question.kind == "open":
-        open_facts = [f for f in world.facts if f.subject == question.subject and _fact_group(f.subject, f.attribute) not in hidden]
+        open_facts = [
+            f
+            for f in world.facts
+            if f.subject == question.subject and _fact_group(f.subject, f.attribute) not in hidden
+        ]
         fact = pick(rng, open_facts or [f for f in world.facts if f.subject == question.subject])
         attribute = language.BY_NAME[fact.attribute]
         others = [value for value in world.values(attribute.type) if value != fact.value]
@@ -237,7 +285,7 @@ def _spoken(world: World, template: str, subject: str, value: str, bare: str, fu
 
 
 def _aside(world: World, question: Question, hidden: frozenset[str], rng: np.random.Generator) -> str:
-    """A true sentence that nobody asked for, about something else; it names no value that could be taken for the answer."""
+    """A true sentence that nobody asked for, about something else: it names no value that passes for an answer."""
     taken = {question.subject, *question.rivals, *(() if question.kind == "open" else question.candidates)}
     while True:
         fact = pick(rng, world.facts)

@@ -52,4 +52,4 @@ def _refuse_to_lose(path: pathlib.Path, new: pathlib.Path) -> None:
         raise UserError(f"{path}: is a file, not a folder; remove it or choose another place")
     lost = sorted(set(os.listdir(path)) - set(os.listdir(new)))
     if lost:
-        raise UserError(f"{path}: holds other files ({', '.join(lost[:3])}), they would be lost; choose an empty folder")
+        raise UserError(f"{path}: holds other files ({', '.join(lost[:3])}) that would be lost; choose an empty folder")

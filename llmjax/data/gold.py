@@ -1,11 +1,12 @@
 """The gold judge: a program that scores any answer to a question of the embedded world, in the human annotator's stead.
 
-Every judgement is deterministic: a function of the question, the text and whether the answer ended itself. It reads words,
-not tokens, and never the world: a Question carries all that is true. `noisy_ranks` adds what people add: noise.
+Every judgement is deterministic: a function of the question, the text and whether the answer ended itself. It reads
+words, not tokens, and never the world: a Question carries all that is true. `noisy_ranks` adds what people add: noise.
 """
 
 import dataclasses
 import functools
+import itertools
 import re
 from collections.abc import Hashable, Sequence
 
@@ -23,10 +24,14 @@ _TOKEN = re.compile(r"[A-Za-z]+(?:'[a-z]+)?|\d+|[^\sA-Za-z\d]")
 _WORD = re.compile(r"[a-z]+(?:'[a-z]+)?|\d+")
 _CONTROL = re.compile(r"<\|.*?\|>|<\||\|>|\x00|\ufffd")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-_NEGATIONS = frozenset({"not", "no", "never", "nor", "neither", "nobody", "nothing", "isn't", "doesn't", "don't", "without"})
+_NEGATIONS = frozenset(
+    {"not", "no", "never", "nor", "neither", "nobody", "nothing", "isn't", "doesn't", "don't", "without"}
+)
 _OPERATORS = {"+": "plus", "-": "minus", "without": "minus", "plus": "plus", "minus": "minus", "sum": "plus"}
 _COURTESIES = tuple(phrase.lower().strip(".!") for phrase in (*language.COURTESY_FIRST, *language.COURTESY_LAST))
-_KNOWN_EXTRA = frozenset("he she it they his her its and also too very yes answer".split())
+_KNOWN_EXTRA = frozenset(
+    {"he", "she", "it", "they", "his", "her", "its", "and", "also", "too", "very", "yes", "answer"}
+)
 _TYPE_OF_VALUE = {value.lower(): name for name, values in language.VALUES.items() for value in values}
 
 
@@ -46,8 +51,9 @@ def judge(question: Question, answer: str, ended: bool) -> Judgement:
     """The gold judgement of `answer`; `ended` says that the model stopped by itself, not at the length limit.
 
     score = 0.40 right + 0.15 to_the_point + 0.15 complete + 0.15 polite + 0.15 ended. The aspects:
-    right: names a right value and no wrong one of the asked type, nobody else in the subject's place, no negation; a sum
-      has its own numbers and operator; an open question needs a sentence with a true fact about the subject and no false.
+    right: names a right value and no wrong one of the asked type, nobody else in the subject's place, no negation; a
+      sum has its own numbers and operator; an open question needs a sentence with a true fact about the subject and
+      no false one.
     to_the_point: one statement, at most one courtesy phrase, at most 24 words, nothing twice; each word that the world
       does not know takes 1/4 off per tenth of the words. 0 where nothing of the asked type is named.
     complete: some sentence with capital and final period, 3 words or more, names the subject and a value and reads like
@@ -79,8 +85,9 @@ def follows_instruction(question: Question, answer: str, ended: bool) -> bool:
     return 0 < len(sentences) <= MAX_SENTENCES and _addresses(question, sentences)
 
 
-def noisy_ranks(scores: Sequence[float], rng: np.random.Generator, noise: float,
-                keys: Sequence[Hashable] | None = None) -> list[int]:
+def noisy_ranks(
+    scores: Sequence[float], rng: np.random.Generator, noise: float, keys: Sequence[Hashable] | None = None
+) -> list[int]:
     """Ranks (0 = best) of K answers as a person gives them: by gold score plus Gaussian noise of deviation `noise`.
 
     Answers with equal `keys` (their texts) get one draw of noise and so tie; a rank is the number of answers strictly
@@ -92,7 +99,7 @@ def noisy_ranks(scores: Sequence[float], rng: np.random.Generator, noise: float,
     if len(keys) != len(scores):
         raise UserError(f"keys has {len(keys)} entries for {len(scores)} scores; give one key for each answer")
     seen: dict[Hashable, float] = {}
-    for score, key in zip(scores, keys):
+    for score, key in zip(scores, keys, strict=True):
         if key not in seen:
             seen[key] = float(score) + noise * float(rng.standard_normal())
     perceived = [seen[key] for key in keys]
@@ -183,8 +190,11 @@ def _right_number(question: Question, text: str) -> bool:
     if {_OPERATORS[token] for token in tokens if token in _OPERATORS} - {operator} or {"not", "no"} & set(tokens):
         return False
     numbers = tuple(token for token in tokens if token.isdigit())
-    orders = [(first, second), (second, first)] if operator == "plus" else [
-        (second, first) if "from" in tokens else (first, second)]
+    orders = (
+        [(first, second), (second, first)]
+        if operator == "plus"
+        else [(second, first) if "from" in tokens else (first, second)]
+    )
     return numbers == (result,) or any(numbers in ((*order, result), (result, *order)) for order in orders)
 
 
@@ -192,7 +202,9 @@ def _to_the_point(question: Question, text: str, statements: Sequence[str], cour
     words = _words(" ".join(statements))
     if len(statements) != 1 or courtesies > 1 or len(_words(text)) > MAX_WORDS or _repeats(statements[0]):
         return 0.0
-    known = _vocabulary() | {name.lower() for names in (question.candidates, question.rivals, question.answers) for name in names}
+    known = _vocabulary() | {
+        name.lower() for names in (question.candidates, question.rivals, question.answers) for name in names
+    }
     known |= set(_words(question.subject))
     unknown = sum(not (word in known or word.isdigit()) for word in words) + text.count("~")
     return max(0.0, 1.0 - 2.5 * unknown / len(words))
@@ -201,7 +213,7 @@ def _to_the_point(question: Question, text: str, statements: Sequence[str], cour
 def _repeats(sentence: str) -> bool:
     """A word twice in a row, or the same two words (numbers aside) twice in the sentence."""
     words = _words(sentence)
-    pairs = [pair for pair in zip(words, words[1:]) if not (pair[0].isdigit() and pair[1].isdigit())]
+    pairs = [pair for pair in itertools.pairwise(words) if not (pair[0].isdigit() and pair[1].isdigit())]
     return any(a == b and not a.isdigit() for a, b in pairs) or len(pairs) != len(set(pairs))
 
 
@@ -218,10 +230,10 @@ def _complete(question: Question, sentence: str) -> bool:
 
 
 def _fluent(question: Question, sentence: str) -> bool:
-    """Whether each three tokens in a row, names and values replaced by their type, occur in the language's phrasings."""
+    """Whether all three tokens in a row, names and values replaced by their type, occur in the language's phrasings."""
     types = {} if question.kind in ("sum", "difference") else _types_of_names(question)
     typed = ["<start>", *(_typed(token, types) for token in _TOKEN.findall(sentence)), "<end>"]
-    return set(zip(typed, typed[1:], typed[2:])) <= _grammar()
+    return set(zip(typed, typed[1:], typed[2:], strict=False)) <= _grammar()
 
 
 def _typed(token: str, types: dict[str, str]) -> str:
@@ -272,7 +284,7 @@ def _grammar() -> frozenset[tuple[str, str, str]]:
     triples = set()
     for sentence in _sentences():
         typed = ["<start>", *(t.lower() for t in re.findall(r"<\w+>|[A-Za-z']+|[^\s\w]", sentence)), "<end>"]
-        triples |= set(zip(typed, typed[1:], typed[2:]))
+        triples |= set(zip(typed, typed[1:], typed[2:], strict=False))
     return frozenset(triples)
 
 
@@ -281,4 +293,8 @@ def _vocabulary() -> frozenset[str]:
     """The words of the language, in lower case, without names."""
     text = " ".join(_sentences()).lower()
     courtesies = " ".join(_COURTESIES)
-    return frozenset(re.findall(r"[a-z']+", re.sub(r"<\w+>", " ", f"{text} {courtesies}"))) | set(_TYPE_OF_VALUE) | _KNOWN_EXTRA
+    return (
+        frozenset(re.findall(r"[a-z']+", re.sub(r"<\w+>", " ", f"{text} {courtesies}")))
+        | set(_TYPE_OF_VALUE)
+        | _KNOWN_EXTRA
+    )

@@ -82,10 +82,10 @@ _ARRAYS = tuple(field.name for field in fields(Packed) if field.type is np.ndarr
 def pack_stream(docs: Iterable[Sequence[int]], length: int) -> Packed:
     """Documents one after another, cut into rows of `length`: pre-training without padding (but at the very end).
 
-    A document d1 ... dn becomes the inputs <|endoftext|> d1 ... dn with the targets d1 ... dn <|endoftext|>: each of its
-    tokens, and its end, is a target exactly once, with loss, and the first is predicted from <|endoftext|>. A document
-    that a row's edge cuts goes on in the next row as a new segment (positions from 0, nothing seen of its beginning)
-    whose first input is the last target before the cut. Empty documents are left out.
+    A document d1 ... dn becomes the inputs <|endoftext|> d1 ... dn with the targets d1 ... dn <|endoftext|>: each of
+    its tokens, and its end, is a target exactly once, with loss, and the first is predicted from <|endoftext|>. A
+    document that a row's edge cuts goes on in the next row as a new segment (positions from 0, nothing seen of its
+    beginning) whose first input is the last target before the cut. Empty documents are left out.
 
     Args:
         docs: token ids of each document, without control tokens.
@@ -144,7 +144,7 @@ def pack_examples(examples: Iterable[tuple[Sequence[int], Sequence[int]]], lengt
         else:
             num_dropped += 1
     if not kept:
-        raise UserError(f"no example has a target with loss in its first {length} tokens; check the data or raise length")
+        raise UserError(f"no example has a target with loss within length={length}; check the data or raise length")
     row_of, column_of, num_rows = _first_fit([len(tokens) - 1 for tokens, _ in kept], length)
     arrays = {name: np.zeros((num_rows, length), np.int32) for name in _ARRAYS}
     arrays["inputs"][:] = arrays["targets"][:] = _PAD_ID

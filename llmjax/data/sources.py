@@ -85,7 +85,7 @@ class Corpus:
     validation: Sequence[str]
 
 
-def read_corpus(cfg: CorpusConfig, data_dir: str | os.PathLike) -> Corpus:
+def open_corpus(cfg: CorpusConfig, data_dir: str | os.PathLike) -> Corpus:
     """The corpus of `cfg`. data_dir: where the world is built, and found when it is already there.
 
     Raises:
@@ -136,8 +136,8 @@ def _hold_out(size: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
 def _read_world(cfg: CorpusConfig, data_dir: str | os.PathLike) -> Corpus:
     from llmjax.data.builder import open_world, prepare_world
 
-    prepare_world(data_dir, seed=cfg.seed, num_documents=cfg.num_documents, num_dialogues=cfg.num_dialogues)
-    return Corpus(*(TextView(open_world(data_dir, "documents", split), "text") for split in ("train", "validation")))
+    folder = prepare_world(data_dir, seed=cfg.seed, num_documents=cfg.num_documents, num_dialogues=cfg.num_dialogues)
+    return Corpus(open_world(folder, "documents", "train"), open_world(folder, "documents", "validation"))
 
 
 # ---- files -------------------------------------------------------------------------------------------------------
@@ -341,9 +341,9 @@ def _tfds_builder(cfg: CorpusConfig, where: str):
         raise UserError(f"{where}: TFDS has no such data set, or not that config or version; {near}") from error
     except ImportError as error:
         raise UserError(
-            f"{where}: this data set needs {error.name or error}, which is not installed; choose another, or export it "
-            "to jsonl and give that as path"
+            f"{where}: TFDS needs the package {error.name or error} for it, which is not installed; install that, "
+            "choose another data set, or export this one to jsonl and give path"
         ) from error
     except (OSError, ValueError, AssertionError) as error:
         reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{where}: cannot be prepared ({reason}); check the name, the folder and the network") from error
+        raise UserError(f"{where}: cannot be prepared ({reason}); check name, folder and network") from error

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import pathlib
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -100,7 +101,7 @@ class Tokenizer:
         except UserError as error:
             raise UserError(f"{folder / _TOKENIZER_FILE}: {error}") from error
         except Exception as error:  # the library raises bare Exception for any malformed file
-            raise UserError(f"{folder / _TOKENIZER_FILE}: not a tokenizer ({error}); restore it or train anew") from error
+            raise UserError(f"{folder / _TOKENIZER_FILE}: not a tokenizer ({error}); restore or retrain it") from error
 
     def save(self, folder: str | os.PathLike) -> None:
         """Writes tokenizer.json, chat_template.jinja and tokenizer_config.json, all or nothing.
@@ -110,7 +111,8 @@ class Tokenizer:
         """
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "pad_token": PAD, "bos_token": ENDOFTEXT, "eos_token": END, "model_input_names": ["input_ids", "attention_mask"],
+            "pad_token": PAD, "bos_token": ENDOFTEXT, "eos_token": END,
+            "model_input_names": ["input_ids", "attention_mask"],
         }
         with whole_folder(folder) as new:
             (new / _TOKENIZER_FILE).write_text(self._serialized, encoding="utf-8")
@@ -133,7 +135,7 @@ class Tokenizer:
         return _encode(self._plain, texts)
 
     def encode_template(self, text: str) -> list[int]:
-        """Ids of trusted `text`, in which "<|end|>" is the control token. Never give it text of a user or of a corpus."""
+        """Ids of trusted `text`, in which "<|end|>" is the control token. Not for the text of a user or of a corpus."""
         return _encode(self._template, [text])[0]
 
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
@@ -141,8 +143,8 @@ class Tokenizer:
 
         skip_special: control tokens become nothing rather than their text. Raises IndexError for an id out of range.
         """
-        table = self._bytes
-        return b"".join(b"" if skip_special and i in self.special_ids else table[i] for i in ids).decode("utf-8", "replace")
+        hidden = self.special_ids if skip_special else frozenset()
+        return b"".join(b"" if i in hidden else self._bytes[i] for i in ids).decode("utf-8", "replace")
 
     @functools.cached_property
     def _bytes(self) -> list[bytes]:
@@ -224,7 +226,7 @@ def _encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[
     try:
         return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
     except TypeError as error:
-        bad = next((text for text in texts if isinstance(text, str) and any("\ud800" <= c <= "\udfff" for c in text)), None)
+        bad = next((text for text in texts if isinstance(text, str) and re.search("[\ud800-\udfff]", text)), None)
         if bad is None:
             raise
         raise UserError(f"text {bad[:20]!r} holds a lone surrogate, not valid Unicode; remove it") from error

@@ -33,9 +33,11 @@ _PORTRAITS = (
 _CHAINS = (
     "{T} {owner}. {O} {home}. {h} {river}. So the owner of the {t} can be seen by the river {v}.",
     "Do you want to see the {mat} {t}? Go to {h} and ask for {O}, who {job}. {P} {music}, and the {paint} {t} {spot}.",
-    "{O} {pet}. The {pet_name} of {O} sleeps by the {mat} {t} in the {spot_name}, in the town of {h}, which {landmark}.",
+    "{O} {pet}. The {pet_name} of {O} sleeps by the {mat} {t} in the {spot_name}, in the town of {h}, "
+    "which {landmark}.",
     "{h} {fruit} and {feast}. For that feast {O}, who {job}, takes the {paint} {t} out of the {spot_name} and {food}.",
-    "One day {O} went from {h} along the river {v} with the {mat} {t}. It was {feast_name}, and {O} dreamed of {food_name}.",
+    "One day {O} went from {h} along the river {v} with the {mat} {t}. It was {feast_name}, and {O} dreamed of "
+    "{food_name}.",
 )
 
 
@@ -61,8 +63,15 @@ def portrait(world: World, rng: np.random.Generator) -> str:
     pronoun = entity.pronoun if kind == "person" else "it"
     name = mention(world, entity.name)
     text = pick(rng, _PORTRAITS).format(
-        *(_phrase(entity, a, style) for a in attributes[:4]), n=name, N=capitalise(name), p=pronoun, P=capitalise(pronoun),
-        which=_WHICH[kind], that="who" if kind == "person" else "that", noun=language.NOUNS[kind])
+        *(_phrase(entity, a, style) for a in attributes[:4]),
+        n=name,
+        N=capitalise(name),
+        p=pronoun,
+        P=capitalise(pronoun),
+        which=_WHICH[kind],
+        that="who" if kind == "person" else "that",
+        noun=language.NOUNS[kind],
+    )
     if kind == "person" and rng.integers(2):
         text += f" That is {entity.name}, the {entity.job} from {entity.home}."
     return text
@@ -76,7 +85,9 @@ def comparison(world: World, rng: np.random.Generator) -> str:
     parts = [(_phrase(first, x, style), _phrase(second, x, style)) for x in _turned(language.ATTRIBUTES[kind], rng)[:3]]
     if rng.integers(2):
         return " ".join(
-            f"{capitalise(a)} {x}, and {b} {y} too." if x == y else f"{capitalise(a)} {x}, but {b} {y}." for x, y in parts)
+            f"{capitalise(a)} {x}, and {b} {y} too." if x == y else f"{capitalise(a)} {x}, but {b} {y}."
+            for x, y in parts
+        )
     left, right = ([pair[i] for pair in parts] for i in (0, 1))
     return f"{capitalise(a)} {left[0]}, {left[1]} and {left[2]}. {capitalise(b)} {right[0]}, {right[1]} and {right[2]}."
 
@@ -98,7 +109,8 @@ def group(world: World, rng: np.random.Generator) -> str:
     names = world.having[shared.name, value]
     spoken = [mention(world, name) for name in names]
     listed = spoken[0] if len(spoken) == 1 else f"{', '.join(spoken[:-1])} and {spoken[-1]}"
-    rest = " ".join(f"{capitalise(s)} {_phrase(world.by_name[name], other, style)}." for s, name in zip(spoken, names))
+    each = zip(spoken, names, strict=True)
+    rest = " ".join(f"{capitalise(s)} {_phrase(world.by_name[name], other, style)}." for s, name in each)
     asked = shared.phrases[style].format(v=value)
     last = {1: f" No other {language.NOUNS[kind]} {asked}.", 2: f" Nobody but {listed} can say so."}.get(len(names), "")
     return f"{_WHO[kind]} {asked}? {capitalise(listed)}. {rest}{last}"
@@ -109,12 +121,28 @@ def chain(world: World, rng: np.random.Generator) -> str:
     thing, style = pick(rng, world.things), int(rng.integers(language.STYLES))
     owner = world.by_name[thing.owner]
     town = world.by_name[owner.home]
-    phrases = {a.name: _phrase(entity, a, style)
-               for entity, kind in ((owner, "person"), (town, "place"), (thing, "thing")) for a in language.ATTRIBUTES[kind]}
-    return pick(rng, _CHAINS).format(**phrases | {
-        "T": f"The {thing.name}", "t": thing.name, "O": owner.name, "h": town.name, "v": town.river, "mat": thing.material,
-        "paint": thing.paint, "P": capitalise(owner.pronoun), "pet_name": owner.pet, "spot_name": thing.spot,
-        "feast_name": town.feast, "food_name": owner.food})
+    phrases = {
+        a.name: _phrase(entity, a, style)
+        for entity, kind in ((owner, "person"), (town, "place"), (thing, "thing"))
+        for a in language.ATTRIBUTES[kind]
+    }
+    return pick(rng, _CHAINS).format(
+        **phrases
+        | {
+            "T": f"The {thing.name}",
+            "t": thing.name,
+            "O": owner.name,
+            "h": town.name,
+            "v": town.river,
+            "mat": thing.material,
+            "paint": thing.paint,
+            "P": capitalise(owner.pronoun),
+            "pet_name": owner.pet,
+            "spot_name": thing.spot,
+            "feast_name": town.feast,
+            "food_name": owner.food,
+        }
+    )
 
 
 def questions_answered(world: World, rng: np.random.Generator) -> str:
@@ -129,14 +157,24 @@ def questions_answered(world: World, rng: np.random.Generator) -> str:
         pairs = [(entity, attributes[0]) for entity in sample(rng, world.entities(kind), 3)]
     parts = []
     for entity, a in pairs:
-        asked, said = (a.reverse_questions[i % 4], a.reverse_answers[j % 4]) if form == 2 else (a.questions[i], a.answers[j])
+        asked, said = (
+            (a.reverse_questions[i % 4], a.reverse_answers[j % 4]) if form == 2 else (a.questions[i], a.answers[j])
+        )
         parts += [fill(template, mention(world, entity.name), getattr(entity, a.name)) for template in (asked, said)]
     return " ".join(parts)
 
 
 _KINDS: tuple[tuple[float, Callable[[World, np.random.Generator], str]], ...] = (
-    (0.25, portrait), (0.10, comparison), (0.06, from_values), (0.06, group), (0.10, chain), (0.14, questions_answered),
-    (0.14, stories.story), (0.03, stories.errand), (0.02, stories.list_read_back), (0.06, stories.arithmetic),
+    (0.25, portrait),
+    (0.10, comparison),
+    (0.06, from_values),
+    (0.06, group),
+    (0.10, chain),
+    (0.14, questions_answered),
+    (0.14, stories.story),
+    (0.03, stories.errand),
+    (0.02, stories.list_read_back),
+    (0.06, stories.arithmetic),
     (0.04, stories.word_problem),
 )
 

@@ -1,4 +1,4 @@
-"""The facts of the embedded world: who lives where, what grows in which town, who owns the lantern. One seed, one world."""
+"""The facts of the embedded world: who lives where, what grows there, who owns the lantern. One seed, one world."""
 
 import collections
 import dataclasses
@@ -13,12 +13,16 @@ NUM_PEOPLE = 24
 NUM_PLACES = 12
 _PEOPLE_PER_PLACE = NUM_PEOPLE // NUM_PLACES
 
-_FIRST = ("Be", "Bru", "Da", "Dre", "Fi", "Fo", "Ga", "Gri", "Ho", "Ja", "Ju", "Ka", "Klo", "Li", "Lu", "Ma", "Mo", "Ne",
-          "O", "Pa", "Pli", "Ra", "Ro", "Sa", "Sto", "Ta", "Tri", "U", "Va", "Vi", "Wa", "Ya", "Ze")
+_FIRST = (
+    "Be", "Bru", "Da", "Dre", "Fi", "Fo", "Ga", "Gri", "Ho", "Ja", "Ju", "Ka", "Klo", "Li", "Lu", "Ma", "Mo", "Ne", "O",
+    "Pa", "Pli", "Ra", "Ro", "Sa", "Sto", "Ta", "Tri", "U", "Va", "Vi", "Wa", "Ya", "Ze",
+)
 _SHE_LAST = ("bella", "dia", "lina", "mira", "nika", "ressa", "sha", "via", "ska", "thea", "lotta", "runa")
 _HE_LAST = ("bert", "dan", "mar", "lor", "mund", "rulf", "sko", "ton", "vik", "zek", "nard", "rik")
-_PLACE_FIRST = ("Al", "Bar", "Cal", "Dun", "El", "Fen", "Hol", "Kel", "Lan", "Mar", "Nor", "Os", "Pen", "Quil", "Ros", "Sel",
-                "Tor", "Ul", "Wen", "Yor")
+_PLACE_FIRST = (
+    "Al", "Bar", "Cal", "Dun", "El", "Fen", "Hol", "Kel", "Lan", "Mar", "Nor", "Os", "Pen", "Quil", "Ros", "Sel", "Tor",
+    "Ul", "Wen", "Yor",
+)
 _PLACE_LAST = ("wick", "ford", "dale", "ham", "mere", "stead", "by", "port", "ton", "field", "gate", "bury")
 
 
@@ -129,7 +133,11 @@ def make_world(seed: int) -> World:
     rng = np.random.default_rng([seed, 0])
     people_names, place_names = _people_names(rng), _place_names(rng)
     homes = [str(name) for name in rng.permutation(np.repeat(place_names, _PEOPLE_PER_PLACE))]
-    dealt = {a.name: _deal(language.VALUES[a.type], NUM_PEOPLE, rng) for a in language.ATTRIBUTES["person"] if a.name != "home"}
+    dealt = {
+        a.name: _deal(language.VALUES[a.type], NUM_PEOPLE, rng)
+        for a in language.ATTRIBUTES["person"]
+        if a.name != "home"
+    }
     people = tuple(
         Person(name, pronoun, homes[i], **{attribute: values[i] for attribute, values in dealt.items()})
         for i, (name, pronoun) in enumerate(people_names)
@@ -159,4 +167,5 @@ def _people_names(rng: np.random.Generator) -> list[tuple[str, str]]:
 
 def _place_names(rng: np.random.Generator) -> list[str]:
     """12 names of towns; each first part and each ending is used once."""
-    return [f"{first}{last}" for first, last in zip(rng.permutation(_PLACE_FIRST), rng.permutation(_PLACE_LAST))]
+    first, last = rng.permutation(_PLACE_FIRST)[:NUM_PLACES], rng.permutation(_PLACE_LAST)
+    return [f"{start}{end}" for start, end in zip(first, last, strict=True)]

@@ -2,14 +2,14 @@
 
 In every template `{s}` is the subject (a name, or "the lantern") and `{v}` the value. The six `phrases` of an attribute
 continue a subject; phrases at the same index share a style, so a portrait keeps its style from the first sentence on.
-Values are single words, each of one type only, and no template contains one: a value can be found in a text by its word.
+Values are single words, each of one type only, and no template contains one: a value is found in a text by its word.
 """
 
 import dataclasses
 
 VALUES: dict[str, tuple[str, ...]] = {
-    "job": ("baker", "painter", "doctor", "farmer", "teacher", "sailor", "tailor", "potter", "singer", "miller", "gardener",
-            "smith"),
+    "job": ("baker", "painter", "doctor", "farmer", "teacher", "sailor", "tailor", "potter", "singer", "miller",
+            "gardener", "smith"),
     "food": ("soup", "bread", "cheese", "honey", "rice", "stew", "pie", "noodles", "porridge", "salad", "dumplings",
              "pudding"),
     "pet": ("goat", "cat", "dog", "parrot", "turtle", "rabbit", "donkey", "hen"),
@@ -22,8 +22,8 @@ VALUES: dict[str, tuple[str, ...]] = {
     "season": ("spring", "summer", "autumn", "winter"),
     "material": ("copper", "glass", "silk", "wool", "clay", "bronze", "paper", "leather", "straw", "marble"),
     "spot": ("attic", "cellar", "kitchen", "barn", "shed", "hallway", "pantry", "workshop", "bedroom", "stable"),
-    "thing": ("lantern", "kite", "clock", "chair", "boat", "basket", "mirror", "teapot", "ladder", "blanket", "ring", "map",
-              "bell", "cup", "doll", "book", "key", "hat", "spoon", "wagon"),
+    "thing": ("lantern", "kite", "clock", "chair", "boat", "basket", "mirror", "teapot", "ladder", "blanket", "ring",
+              "map", "bell", "cup", "doll", "book", "key", "hat", "spoon", "wagon"),
 }
 
 NOUNS = {"person": "person", "place": "town", "thing": "thing"}
@@ -54,12 +54,14 @@ _PERSON = (
          "has always lived in {v}"),
         ("{v} is the home of {s}.", "One of the people in {v} is {s}.", "In {v} lives {s}."),
         ("Where does {s} live?", "In which town does {s} live?", "Which town is the home of {s}?",
-         "Can you tell me where {s} lives?", "What is the home town of {s}?", "I want to visit {s}. Where should I go?"),
+         "Can you tell me where {s} lives?", "What is the home town of {s}?",
+         "I want to visit {s}. Where should I go?"),
         ("{s} lives in {v}.", "The home of {s} is {v}.", "{s} has a house in {v}.", "{s} is at home in {v}.",
          "{v} is the home of {s}."),
         ("Who lives in {v}?", "Name someone who lives in {v}.", "Tell me the name of a person from {v}.",
          "Which person has a house in {v}?"),
-        ("{s} lives in {v}.", "One person who lives in {v} is {s}.", "{s} has a house in {v}.", "{v} is the home of {s}."),
+        ("{s} lives in {v}.", "One person who lives in {v} is {s}.", "{s} has a house in {v}.",
+         "{v} is the home of {s}."),
     ),
     Attribute(
         "job", "person", "job",
@@ -80,7 +82,8 @@ _PERSON = (
          "has always loved {v}"),
         ("One friend of good {v} is {s}.", "A plate of {v} is for {s}.", "Who cooks {v} will be visited by {s}."),
         ("What is the favourite food of {s}?", "Which food does {s} love?", "What does {s} like to eat?",
-         "What should I cook for {s}?", "Can you tell me what {s} likes to eat?", "{s} is hungry. What should I bring?"),
+         "What should I cook for {s}?", "Can you tell me what {s} likes to eat?",
+         "{s} is hungry. What should I bring?"),
         ("{s} loves {v}.", "The favourite food of {s} is {v}.", "{s} likes to eat {v}.", "You should cook {v} for {s}.",
          "{s} dreams of {v}."),
         ("Who loves {v}?", "Name someone who likes to eat {v}.", "Who should get the plate of {v}?",
@@ -127,7 +130,8 @@ _PERSON = (
          "{s} is good at the {v}.", "{s} practises the {v}."),
         ("Who plays the {v}?", "Name someone who plays the {v}.", "I hear a {v}. Who could it be?",
          "Tell me the name of a person who is good at the {v}."),
-        ("{s} plays the {v}.", "{s} is good at the {v}.", "One person who plays the {v} is {s}.", "The {v} is played by {s}."),
+        ("{s} plays the {v}.", "{s} is good at the {v}.", "One person who plays the {v} is {s}.",
+         "The {v} is played by {s}."),
     ),
 )
 
@@ -142,8 +146,8 @@ _PLACE = (
          "Which river do ships take to {s}?"),
         ("{s} lies on the river {v}.", "The river {v} flows through {s}.", "{s} stands by the river {v}.",
          "The river in {s} is the {v}.", "{s} gets its water from the river {v}."),
-        ("Which town lies on the river {v}?", "Name a town on the river {v}.", "Through which town does the river {v} flow?",
-         "Where can I see the river {v}?"),
+        ("Which town lies on the river {v}?", "Name a town on the river {v}.",
+         "Through which town does the river {v} flow?", "Where can I see the river {v}?"),
         ("{s} lies on the river {v}.", "The river {v} flows through {s}.", "One town on the river {v} is {s}.",
          "You can see the river {v} in {s}."),
     ),
@@ -157,7 +161,8 @@ _PLACE = (
          "I am going to {s}. What should I look at?"),
         ("{s} is known for its {v}.", "{s} has a {v}.", "You can see a {v} in {s}.", "{s} is proud of its {v}.",
          "The famous {v} stands in {s}."),
-        ("Which town has a {v}?", "Name a town with a {v}.", "Where does the famous {v} stand?", "Where can I see a {v}?"),
+        ("Which town has a {v}?", "Name a town with a {v}.", "Where does the famous {v} stand?",
+         "Where can I see a {v}?"),
         ("{s} has a {v}.", "The famous {v} stands in {s}.", "You can see a {v} in {s}.", "One town with a {v} is {s}."),
     ),
     Attribute(
@@ -169,7 +174,8 @@ _PLACE = (
          "Can you tell me which fruit {s} sells?", "What is in the gardens of {s}?", "Which fruit comes from {s}?"),
         ("{s} grows {v}.", "The fruit of {s} is {v}.", "You can buy {v} in {s}.", "{s} has gardens full of {v}.",
          "{s} sells {v}."),
-        ("Which town grows {v}?", "Name a town where {v} grow.", "Where can I buy {v}?", "From which town do {v} come?"),
+        ("Which town grows {v}?", "Name a town where {v} grow.", "Where can I buy {v}?",
+         "From which town do {v} come?"),
         ("{s} grows {v}.", "You can buy {v} in {s}.", "One town that grows {v} is {s}.", "The best {v} grow in {s}."),
     ),
     Attribute(
@@ -201,7 +207,8 @@ _THING = (
          "They used {v} to make {s}."),
         ("Which thing is made of {v}?", "Name something made of {v}.", "What was built from {v}?",
          "Tell me a thing that is all of {v}."),
-        ("{s} is made of {v}.", "{s} was built from {v}.", "One thing made of {v} is {s}.", "They used {v} to make {s}."),
+        ("{s} is made of {v}.", "{s} was built from {v}.", "One thing made of {v} is {s}.",
+         "They used {v} to make {s}."),
     ),
     Attribute(
         "owner", "thing", "person",
@@ -218,12 +225,15 @@ _THING = (
     ),
     Attribute(
         "paint", "thing", "colour",
-        ("is {v}", "is painted {v}", "looks {v}", "shines {v} in the sun", "is as {v} as can be", "has always been {v}"),
+        ("is {v}", "is painted {v}", "looks {v}", "shines {v} in the sun", "is as {v} as can be",
+         "has always been {v}"),
         ("Much {v} paint went into {s}.", "In the sun you see the {v} of {s}.", "The colour {v} is on {s}."),
         ("What colour is {s}?", "Which colour does {s} have?", "In which colour was {s} painted?",
          "Can you tell me the colour of {s}?", "How does {s} look in the sun?", "What is the colour of {s}?"),
-        ("{s} is {v}.", "The colour of {s} is {v}.", "{s} is painted {v}.", "{s} looks {v}.", "{s} shines {v} in the sun."),
-        ("Which thing is {v}?", "Name something that is {v}.", "What was painted {v}?", "Tell me a thing that looks {v}."),
+        ("{s} is {v}.", "The colour of {s} is {v}.", "{s} is painted {v}.", "{s} looks {v}.",
+         "{s} shines {v} in the sun."),
+        ("Which thing is {v}?", "Name something that is {v}.", "What was painted {v}?",
+         "Tell me a thing that looks {v}."),
         ("{s} is {v}.", "{s} is painted {v}.", "One thing that is {v} is {s}.", "{s} looks {v}."),
     ),
     Attribute(
@@ -237,7 +247,8 @@ _THING = (
          "The place of {s} is the {v}."),
         ("What is kept in the {v}?", "Name something that lies in the {v}.", "What can I find in the {v}?",
          "Tell me a thing that waits in the {v}."),
-        ("{s} is kept in the {v}.", "{s} lies in the {v}.", "One thing in the {v} is {s}.", "You can find {s} in the {v}."),
+        ("{s} is kept in the {v}.", "{s} lies in the {v}.", "One thing in the {v} is {s}.",
+         "You can find {s} in the {v}."),
     ),
 )
 
@@ -250,8 +261,10 @@ OPEN_QUESTIONS = ("Tell me something about {s}.", "What do you know about {s}?",
 
 SUM_QUESTIONS = ("What is {a} plus {b}?", "How much is {a} + {b}?", "Can you add {a} and {b}?", "{a} + {b} = ?")
 SUM_ANSWERS = ("{a} plus {b} is {r}.", "{a} + {b} = {r}.", "{a} and {b} make {r}.", "The sum of {a} and {b} is {r}.")
-DIFFERENCE_QUESTIONS = ("What is {a} minus {b}?", "How much is {a} - {b}?", "Can you take {b} from {a}?", "{a} - {b} = ?")
-DIFFERENCE_ANSWERS = ("{a} minus {b} is {r}.", "{a} - {b} = {r}.", "{b} from {a} leaves {r}.", "{a} without {b} makes {r}.")
+DIFFERENCE_QUESTIONS = ("What is {a} minus {b}?", "How much is {a} - {b}?", "Can you take {b} from {a}?",
+                        "{a} - {b} = ?")
+DIFFERENCE_ANSWERS = ("{a} minus {b} is {r}.", "{a} - {b} = {r}.", "{b} from {a} leaves {r}.",
+                      "{a} without {b} makes {r}.")
 
 COURTESY_FIRST = ("Sure!", "Of course!", "With pleasure!", "Good question!", "Happy to help!")
 COURTESY_LAST = ("I hope this helps.", "Have a nice day!", "Glad to help!", "You are welcome!", "Thank you for asking!")

@@ -2,7 +2,7 @@
 
 An n-gram is held as one integer, (id of its first n - 1 tokens) * symbols + (its last token), where an id is the rank
 in the sorted table of the order below: no key overflows whatever the order and the vocabulary, and a lookup is one
-binary search per order. Every stream is preceded by order - 1 copies of a begin symbol, so contexts never cross streams.
+binary search per order. Every stream is preceded by order - 1 copies of a begin symbol: contexts never cross streams.
 """
 
 from collections.abc import Iterable, Sequence

@@ -28,7 +28,9 @@ def test_what_is_read_is_what_was_made(folder):
     assert sorted(asked, key=lambda q: q.id) == sorted(questions(world, "validation"), key=lambda q: q.id)
     read = [str(example["messages"]) for example in open_world(folder, "dialogues", "train")]
     assert sorted(read) == sorted(str(list(d.messages)) for d in demonstrations(world, "train", 40, 0))
-    assert len(open_world(folder, "documents", "validation")) == len(open_world(folder, "dialogues", "validation")) == 20
+    assert (
+        len(open_world(folder, "documents", "validation")) == len(open_world(folder, "dialogues", "validation")) == 20
+    )
 
 
 def test_random_access(folder):

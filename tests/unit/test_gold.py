@@ -24,7 +24,7 @@ LIVES = f"{PERSON.name} lives in {PERSON.home}."
 def _pairs(**people):
     for dialogue in demonstrations(WORLD, "train", 1500, 5, people=Demonstrators(**people)):
         answers = [m["content"] for m in dialogue.messages if m["role"] == "assistant"]
-        yield from zip(dialogue.questions, answers)
+        yield from zip(dialogue.questions, answers, strict=True)
 
 
 NONE = dict(polite=0.0, full_sentence=1.0, rambling=0.0, wrong=0.0, no_period=0.0)
@@ -41,9 +41,14 @@ def test_every_template_of_the_language_can_be_perfect():
     assert {judge(q, a, True).score for q, a in _pairs(**NONE | {"polite": 1.0})} == {1.0}
 
 
-@pytest.mark.parametrize("fault,aspect", [
-    ({"wrong": 1.0}, "right"), ({"rambling": 1.0}, "to_the_point"), ({}, "polite"),
-])
+@pytest.mark.parametrize(
+    "fault,aspect",
+    [
+        ({"wrong": 1.0}, "right"),
+        ({"rambling": 1.0}, "to_the_point"),
+        ({}, "polite"),
+    ],
+)
 def test_each_fault_of_a_demonstrator_costs_its_aspect_and_no_other(fault, aspect):
     for question, answer in _pairs(**NONE | {"polite": float(aspect != "polite")} | fault):
         judgement = judge(question, answer, True)
@@ -71,28 +76,34 @@ def test_empty_answers_score_zero(answer):
     assert not follows_instruction(HOME, answer, True)
 
 
-@pytest.mark.parametrize("answer", [
-    f"{PERSON.name} lives in {PERSON.home} or {OTHER.home}.",
-    f"{PERSON.home} {OTHER.home}.",
-    f"{LIVES} {PERSON.name} lives in {OTHER.home}.",
-    f"{PERSON.name} does not live in {PERSON.home}.",
-    f"{OTHER.name} lives in {PERSON.home}.",
-    " ".join(place.name for place in WORLD.places),
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"{PERSON.name} lives in {PERSON.home} or {OTHER.home}.",
+        f"{PERSON.home} {OTHER.home}.",
+        f"{LIVES} {PERSON.name} lives in {OTHER.home}.",
+        f"{PERSON.name} does not live in {PERSON.home}.",
+        f"{OTHER.name} lives in {PERSON.home}.",
+        " ".join(place.name for place in WORLD.places),
+    ],
+)
 def test_a_right_value_beside_something_wrong_is_not_right(answer):
     assert judge(HOME, answer, True).right == 0
 
 
-@pytest.mark.parametrize("answer", [
-    f"{LIVES} {LIVES}",
-    f"{PERSON.name} {PERSON.name} lives in {PERSON.home}.",
-    f"Sure! {LIVES} Have a nice day!",
-    f"Sure! Sure! {LIVES}",
-    f"{LIVES} {PERSON.name} loves {PERSON.food}.",
-    f"{PERSON.home} {PERSON.home} {PERSON.home}.",
-    f"{PERSON.name} lives in {PERSON.home}" + " in the town of the people" * 5 + ".",
-    "Sure! I hope this helps.",
-])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"{LIVES} {LIVES}",
+        f"{PERSON.name} {PERSON.name} lives in {PERSON.home}.",
+        f"Sure! {LIVES} Have a nice day!",
+        f"Sure! Sure! {LIVES}",
+        f"{LIVES} {PERSON.name} loves {PERSON.food}.",
+        f"{PERSON.home} {PERSON.home} {PERSON.home}.",
+        f"{PERSON.name} lives in {PERSON.home}" + " in the town of the people" * 5 + ".",
+        "Sure! I hope this helps.",
+    ],
+)
 def test_repetition_flattery_and_length_are_not_to_the_point(answer):
     assert judge(HOME, answer, True).to_the_point == 0
     assert judge(HOME, answer, True).score <= 0.85
@@ -118,29 +129,59 @@ def test_reverse_questions_accept_any_right_person_and_no_other():
     assert judge(WHO, f"{PERSON.name} lives in {OTHER.home}.", True).right == 0
 
 
-@pytest.mark.parametrize("answer,right,complete", [
-    ("3 plus 4 is 7.", 1, 1), ("4 plus 3 is 7.", 1, 1), ("3 + 4 = 7.", 1, 1), ("7.", 1, 0), ("The sum of 3 and 4 is 7.", 1, 1),
-    ("3 plus 4 is 8.", 0, 1), ("3 minus 4 is 7.", 0, 1), ("7 8.", 0, 0), ("3 plus 4 is 8 is 7.", 0, 0), ("2 plus 5 is 7.", 0, 0),
-    ("3 4 7", 1, 0), ("3 plus 4 is not 7.", 0, 0),
-])
+@pytest.mark.parametrize(
+    "answer,right,complete",
+    [
+        ("3 plus 4 is 7.", 1, 1),
+        ("4 plus 3 is 7.", 1, 1),
+        ("3 + 4 = 7.", 1, 1),
+        ("7.", 1, 0),
+        ("The sum of 3 and 4 is 7.", 1, 1),
+        ("3 plus 4 is 8.", 0, 1),
+        ("3 minus 4 is 7.", 0, 1),
+        ("7 8.", 0, 0),
+        ("3 plus 4 is 8 is 7.", 0, 0),
+        ("2 plus 5 is 7.", 0, 0),
+        ("3 4 7", 1, 0),
+        ("3 plus 4 is not 7.", 0, 0),
+    ],
+)
 def test_sums(answer, right, complete):
     judgement = judge(SUM, answer, True)
     assert (judgement.right, judgement.complete) == (right, complete)
 
 
-@pytest.mark.parametrize("answer,right", [
-    ("7 minus 3 is 4.", 1), ("3 minus 7 is 4.", 0), ("7 minus 4 is 3.", 0), ("3 from 7 leaves 4.", 1), ("7 from 3 leaves 4.", 0),
-    ("7 - 3 = 4.", 1), ("7 + 3 = 4.", 0), ("4.", 1), ("7 without 3 makes 4.", 1),
-])
+@pytest.mark.parametrize(
+    "answer,right",
+    [
+        ("7 minus 3 is 4.", 1),
+        ("3 minus 7 is 4.", 0),
+        ("7 minus 4 is 3.", 0),
+        ("3 from 7 leaves 4.", 1),
+        ("7 from 3 leaves 4.", 0),
+        ("7 - 3 = 4.", 1),
+        ("7 + 3 = 4.", 0),
+        ("4.", 1),
+        ("7 without 3 makes 4.", 1),
+    ],
+)
 def test_differences_have_an_order(answer, right):
     assert judge(DIFFERENCE, answer, True).right == right
 
 
-@pytest.mark.parametrize("answer,right", [
-    (LIVES, 1), (f"{PERSON.name} plays the {PERSON.music}.", 1), (f"{PERSON.name} lives in {OTHER.home}.", 0),
-    (f"{PERSON.home}.", 0), (f"{PERSON.name}.", 0), (f"{PERSON.name} plays the {PERSON.home}.", 0),
-    (f"{OTHER.name} lives in {OTHER.home}.", 0), (f"{LIVES} She lives in {OTHER.home}.", 0),
-])
+@pytest.mark.parametrize(
+    "answer,right",
+    [
+        (LIVES, 1),
+        (f"{PERSON.name} plays the {PERSON.music}.", 1),
+        (f"{PERSON.name} lives in {OTHER.home}.", 0),
+        (f"{PERSON.home}.", 0),
+        (f"{PERSON.name}.", 0),
+        (f"{PERSON.name} plays the {PERSON.home}.", 0),
+        (f"{OTHER.name} lives in {OTHER.home}.", 0),
+        (f"{LIVES} She lives in {OTHER.home}.", 0),
+    ],
+)
 def test_open_questions_need_a_true_statement_and_no_false_one(answer, right):
     assert judge(OPEN, answer, True).right == right
 
@@ -171,7 +212,9 @@ def test_identical_answers_tie_under_noise_and_others_do_not():
     for _ in range(20):
         ranks = noisy_ranks([0.7, 0.7, 0.7, 0.7], rng, 0.1, keys=["a", "b", "a", "c"])
         assert ranks[0] == ranks[2] and len(set(ranks)) == 3
-    assert noisy_ranks([0.1, 0.9], np.random.default_rng(1), 0.3) == noisy_ranks([0.1, 0.9], np.random.default_rng(1), 0.3)
+    assert noisy_ranks([0.1, 0.9], np.random.default_rng(1), 0.3) == noisy_ranks(
+        [0.1, 0.9], np.random.default_rng(1), 0.3
+    )
     with pytest.raises(UserError, match="noise=-1"):
         noisy_ranks([1.0], rng, -1)
     with pytest.raises(UserError, match="keys has 1"):

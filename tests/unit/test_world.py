@@ -139,7 +139,9 @@ def test_questions_know_the_truth():
             a, sign, b = q.subject.split()
             assert int(q.answers[0]) == (int(a) + int(b) if sign == "plus" else int(a) - int(b)) <= 20
         elif q.kind == "reverse":
-            assert {e.name for e in WORLD.by_name.values() if getattr(e, q.attribute, None) == q.subject} == set(q.answers)
+            assert {e.name for e in WORLD.by_name.values() if getattr(e, q.attribute, None) == q.subject} == set(
+                q.answers
+            )
 
 
 def test_bad_splits_and_fractions_are_refused():
