@@ -8,6 +8,7 @@
 from dataclasses import replace
 
 from llmjax.data.sources import CorpusConfig
+from llmjax.generation.sampling import SamplingConfig
 from llmjax.models.config import ModelConfig, MoEConfig
 from llmjax.stages.config import PPO, SFT, Evaluation, Experiment, Pretrain, RewardModel
 from llmjax.training.optimizer import OptimizerConfig
@@ -31,13 +32,23 @@ def quickstart() -> Experiment:
         name="quickstart",
         model=ModelConfig(num_layers=4, embed_dim=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=344),
         pretrain=Pretrain(
-            steps=300, batch_size=32, length=128, eval_every=100,
-            optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=30),
+            steps=2000, batch_size=8, length=128, eval_every=500,
+            optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100),
         ),
-        sft=SFT(steps=80, batch_size=32, length=128, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=10)),
-        reward=RewardModel(num_prompts=768, epochs=2, optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=10)),
-        ppo=PPO(steps=30, batch_size=128, optimizer=OptimizerConfig(
-            learning_rate=3e-4, warmup_steps=5, schedule="constant", weight_decay=0.0, eps=1e-5)),
+        sft=SFT(
+            steps=400, batch_size=8, length=128, eval_every=200,
+            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+        ),
+        reward=RewardModel(
+            num_prompts=768, epochs=2, batch_size=8, prompt_length=24, sampling=SamplingConfig(max_new_tokens=28),
+            optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=20),
+        ),
+        ppo=PPO(
+            steps=40, batch_size=128, prompt_length=24, max_new_tokens=28,
+            optimizer=OptimizerConfig(
+                learning_rate=3e-4, warmup_steps=5, schedule="constant", weight_decay=0.0, eps=1e-5
+            ),
+        ),
     )  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from typing import Sequence
 
@@ -64,10 +65,11 @@ def run(argv: Sequence[str]) -> None:
     from llmjax.stages.config import Study
     from llmjax.stages.pipeline import run_experiment, run_study
 
+    command = shlex.join(["llmjax", f"--config={values.config}", *(f"--config.{path}={raw}" for path, raw in overrides)])
     if isinstance(config, Study):
-        run_study(config, values.workdir, values.config)
+        run_study(config, values.workdir, command)
     else:
-        run_experiment(config, values.workdir, values.config)
+        run_experiment(config, values.workdir, command)
 
 
 def call(program, argv: Sequence[str]) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from llmjax.models import transformer
 from llmjax.models.config import ModelConfig, MoEConfig
 from llmjax.models.heads import scalar_model_spec
-from llmjax.models.spec import init_params
+from llmjax.models.spec import is_spec
 from llmjax.models.transformer import transformer_spec
 from llmjax.objectives.ppo import actor_critic_spec
 
@@ -21,24 +21,48 @@ DENSE = ModelConfig(
 SPARSE = dataclasses.replace(DENSE, moe=MoEConfig(num_experts=4, top_k=2, mlp_dim=12))
 MODELS = {"dense": DENSE, "moe": SPARSE}
 
-apply = jax.jit(transformer.apply, static_argnames="cfg")
+# The same programs, less optimised, compiled in a quarter of the time.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+
+jit = partial(jax.jit, compiler_options=QUICK)
+apply = jit(transformer.apply, static_argnames="cfg")
 
 
-def logits(params, tokens, cfg, **inputs) -> np.ndarray:
-    """Logits [B, T, V] of the full forward pass."""
-    return np.asarray(apply(params, jnp.asarray(tokens), cfg=cfg, **inputs)[0])
+def logits(params, tokens, cfg, *, segments=None, positions=None) -> np.ndarray:
+    """Logits [B, T, V] of the full forward pass; by default one segment without padding."""
+    segments = np.ones_like(tokens) if segments is None else np.asarray(segments, np.int32)
+    if positions is None:
+        positions = np.maximum(np.cumsum(segments > 0, axis=1) - 1, 0)
+    positions = np.asarray(positions, np.int32)
+    return np.asarray(apply(params, jnp.asarray(tokens), cfg=cfg, positions_BT=positions, segment_ids_BT=segments)[0])
+
+
+def draw(specs, seed: int = 0):
+    """Parameters of these specs from NumPy, which compiles nothing; scales and biases vary too."""
+    rng = np.random.default_rng(seed)
+
+    def one(spec):
+        normal = rng.normal(size=spec.shape)
+        value = spec.std * normal if spec.constant is None else spec.constant + 0.2 * normal
+        return jnp.asarray(value, spec.dtype)
+
+    return jax.tree.map(one, specs, is_leaf=is_spec)
 
 
 def language_model(cfg: ModelConfig, seed: int = 0):
-    return init_params(transformer_spec(cfg), jax.random.key(seed))
+    return draw(transformer_spec(cfg), seed)
 
 
 def scalar_model(cfg: ModelConfig, seed: int = 0):
-    return init_params(scalar_model_spec(cfg), jax.random.key(seed))
+    return draw(scalar_model_spec(cfg), seed)
 
 
 def actor_critic(cfg: ModelConfig, seed: int = 0):
-    return init_params(actor_critic_spec(cfg), jax.random.key(seed))
+    return draw(actor_critic_spec(cfg), seed)
 
 
 def tokens(cfg: ModelConfig, *shape: int, seed: int = 0) -> np.ndarray:
@@ -81,7 +105,7 @@ def experience(cfg: ModelConfig, rows: int, prompt: int, response: int, seed: in
     mask = (np.arange(response) < lengths).astype(np.float32)
     segments = np.concatenate([np.arange(prompt) >= pads, mask > 0], axis=1).astype(np.int32)
 
-    def draw(scale):
+    def normal(scale):
         return (rng.normal(size=mask.shape) * scale * mask).astype(np.float32)
 
     return {
@@ -89,16 +113,16 @@ def experience(cfg: ModelConfig, rows: int, prompt: int, response: int, seed: in
         "segment_ids": segments,
         "positions": np.maximum(np.cumsum(segments, axis=1) - 1, 0).astype(np.int32),
         "mask": mask,
-        "old_log_probs": draw(0.3) - np.float32(np.log(cfg.vocab_size)) * mask,
-        "advantages": draw(1.0),
-        "returns": draw(1.0),
-        "old_values": draw(0.5),
+        "old_log_probs": normal(0.3) - np.float32(np.log(cfg.vocab_size)) * mask,
+        "advantages": normal(1.0),
+        "returns": normal(1.0),
+        "old_values": normal(0.5),
     }
 
 
 def value_and_grads(fn, *args):
     """Compiled value and gradients with respect to every argument."""
-    return jax.jit(jax.value_and_grad(fn, argnums=tuple(range(len(args)))))(*args)
+    return jit(jax.value_and_grad(fn, argnums=tuple(range(len(args)))))(*args)
 
 
 def assert_trees_close(actual, expected, tolerance: float):

@@ -9,8 +9,9 @@ import numpy as np
 from llmjax.data import world_language as language
 from llmjax.errors import UserError
 
-NUM_PEOPLE = 24
-NUM_PLACES = 12
+NUM_PEOPLE = 16
+NUM_PLACES = 8
+NUM_THINGS = 14
 _PEOPLE_PER_PLACE = NUM_PEOPLE // NUM_PLACES
 
 _FIRST = (
@@ -123,7 +124,7 @@ def mention(world: World, name: str) -> str:
 
 
 def make_world(seed: int) -> World:
-    """The world of `seed`: 24 people with 6 attributes, 12 places with 4, 20 things with 4.
+    """The world of `seed`: 16 people with 6 attributes, 8 places with 4, 14 things with 4.
 
     Values are dealt out evenly (two people in each town, one landmark each), so that many questions have
     several right answers and a guess is as seldom right as it can be. Raises UserError for a negative seed.
@@ -144,7 +145,7 @@ def make_world(seed: int) -> World:
     )
     columns = [_deal(language.VALUES[a.type], NUM_PLACES, rng) for a in language.ATTRIBUTES["place"]]
     places = tuple(Place(*row) for row in zip(place_names, *columns, strict=True))
-    nouns = language.VALUES["thing"]
+    nouns = language.VALUES["thing"][:NUM_THINGS]
     owners = [people_names[i][0] for i in rng.permutation(NUM_PEOPLE)[: len(nouns)]]
     material, paint, spot = (_deal(language.VALUES[t], len(nouns), rng) for t in ("material", "colour", "spot"))
     things = tuple(Thing(*row) for row in zip(nouns, material, owners, paint, spot, strict=True))
@@ -158,14 +159,14 @@ def _deal(values: tuple[str, ...], num: int, rng: np.random.Generator) -> list[s
 
 
 def _people_names(rng: np.random.Generator) -> list[tuple[str, str]]:
-    """(name, pronoun) of 24 people; no two share their first syllable, each ending is used once."""
+    """(name, pronoun) of 16 people; no two share their first syllable, no ending is used twice."""
     first = rng.permutation(_FIRST)[:NUM_PEOPLE]
     last = [(end, "she") for end in _SHE_LAST] + [(end, "he") for end in _HE_LAST]
-    order = rng.permutation(len(last))
+    order = rng.permutation(len(last))[:NUM_PEOPLE]
     return [(f"{first[i]}{last[j][0]}", last[j][1]) for i, j in enumerate(order)]
 
 
 def _place_names(rng: np.random.Generator) -> list[str]:
-    """12 names of towns; each first part and each ending is used once."""
-    first, last = rng.permutation(_PLACE_FIRST)[:NUM_PLACES], rng.permutation(_PLACE_LAST)
+    """8 names of towns; each first part and no ending is used twice."""
+    first, last = rng.permutation(_PLACE_FIRST)[:NUM_PLACES], rng.permutation(_PLACE_LAST)[:NUM_PLACES]
     return [f"{start}{end}" for start, end in zip(first, last, strict=True)]

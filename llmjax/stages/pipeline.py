@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from typing import Any, Callable
+import shlex
+from dataclasses import replace
+from typing import Callable, Sequence
 
 import jax
 from rich.console import Console
@@ -11,14 +13,14 @@ from rich.console import Console
 from llmjax.analysis.report import write_report, write_study_report
 from llmjax.analysis.runs import read_run
 from llmjax.analysis.tables import final_table, study_table
-from llmjax.config import diff, from_dict, to_dict, to_json
+from llmjax.config import diff, from_dict, to_json
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.files import read_json, write_text_atomic
-from llmjax.sharding import make_mesh, use_mesh
+from llmjax.sharding import MeshConfig, make_mesh, use_mesh
 from llmjax.stages.config import Experiment, Study
 from llmjax.stages.ppo import run_ppo
-from llmjax.stages.prepare import load_tokenizer
+from llmjax.stages.prepare import corpus_of, load_tokenizer
 from llmjax.stages.pretrain import run_pretrain
 from llmjax.stages.reward import run_reward
 from llmjax.stages.run import Run
@@ -33,17 +35,52 @@ STAGES: dict[str, Callable[[Run], None]] = {
 }
 
 
-def run_experiment(experiment: Experiment, workdir: str, spec: str) -> None:
+def run_experiment(experiment: Experiment, workdir: str, command: str) -> None:
     """Runs every stage of `experiment` that `workdir` does not yet hold complete, then writes report.html.
 
-    spec: what --config was given, for the lines that say how to go on. Raises UserError, before anything is computed,
-    when the workdir was made by another config.
+    command: the command line without --workdir, for the lines that say how to go on. Raises UserError, before anything
+    is written, when there are too few devices, when `workdir` cannot be used or was made by another config, and when
+    the corpus cannot be read.
     """
+    check(experiment, workdir)
+    _complete(experiment, workdir)
+    if jax.process_index() == 0:
+        _conclude(experiment, workdir, [*_chat_step(experiment, workdir), *_variations(experiment, workdir, command)])
+
+
+def run_study(study: Study, workdir: str, command: str) -> None:
+    """Runs the experiments of a study, each in workdir/<name>, and sets them side by side. All are checked first."""
+    runs = {name: os.path.join(workdir, name) for name in study.experiments}
+    for name, experiment in study.experiments.items():
+        check(experiment, runs[name])
+    for name, experiment in study.experiments.items():
+        _complete(experiment, runs[name])
+        if jax.process_index() == 0:
+            _conclude(experiment, runs[name], _chat_step(experiment, runs[name]))
+    if jax.process_index() == 0:
+        Console().print(study_table([read_run(folder, name) for name, folder in runs.items()]))
+        path = write_study_report(workdir, list(study.experiments), study.name)
+        print(f"report    {path}")
+
+
+def check(experiment: Experiment, workdir: str) -> None:
+    """Raises UserError if `experiment` cannot start, or go on, in `workdir`. Writes nothing there."""
+    make_mesh(experiment.mesh)
+    _check_place(workdir)
+    path = os.path.join(workdir, "config.json")
+    if os.path.exists(path):
+        _check_same_config(experiment, path, workdir)
+    if experiment.data.source != "world" and not os.path.isdir(os.path.join(workdir, "tokenizer")):
+        corpus_of(experiment, workdir)
+
+
+def _complete(experiment: Experiment, workdir: str) -> None:
     verbose = jax.process_index() == 0
     mesh = make_mesh(experiment.mesh)
-    _claim(experiment, workdir)
     if verbose:
         print(f"{experiment.name}: {', '.join(experiment.stages())} on {experiment.mesh.describe()} in {workdir}", flush=True)
+        if not os.path.exists(os.path.join(workdir, "config.json")):
+            write_text_atomic(os.path.join(workdir, "config.json"), to_json(experiment))
     metrics = MetricsLog(os.path.join(workdir, "metrics.jsonl"), enabled=verbose)
     try:
         with use_mesh(mesh):
@@ -56,18 +93,6 @@ def run_experiment(experiment: Experiment, workdir: str, spec: str) -> None:
                 STAGES[stage](run)
     finally:
         metrics.close()
-    if verbose:
-        _conclude(experiment, workdir, spec)
-
-
-def run_study(study: Study, workdir: str, spec: str) -> None:
-    """Runs the experiments of a study, each in workdir/<name>, and sets them side by side."""
-    for name, experiment in study.experiments.items():
-        run_experiment(experiment, os.path.join(workdir, name), spec)
-    if jax.process_index() == 0:
-        Console().print(study_table([read_run(os.path.join(workdir, name), name) for name in study.experiments]))
-        path = write_study_report(workdir, list(study.experiments), study.name)
-        print(f"report    {path}")
 
 
 def load_workdir(workdir: str) -> Experiment:
@@ -78,20 +103,18 @@ def load_workdir(workdir: str) -> Experiment:
     return from_dict(Experiment, read_json(path))
 
 
-def _claim(experiment: Experiment, workdir: str) -> None:
-    """Writes the resolved config into an empty workdir, or checks that it is the one the workdir was made by."""
-    path = os.path.join(workdir, "config.json")
-    try:
-        os.makedirs(workdir, exist_ok=True)
-        os.listdir(workdir)
-    except OSError as error:
-        raise UserError(f"--workdir={workdir}: cannot be used ({error.strerror}); choose a folder you may write to") from error
-    if not os.access(workdir, os.W_OK | os.X_OK):
-        raise UserError(f"--workdir={workdir}: cannot be written to; choose a folder you may write to")
-    if not os.path.exists(path):
-        if jax.process_index() == 0:
-            write_text_atomic(path, to_json(experiment))
-        return
+def _check_place(workdir: str) -> None:
+    """Refuses a workdir that is not, or cannot become, a folder to write to."""
+    place = os.path.abspath(workdir)
+    while not os.path.lexists(place):
+        place = os.path.dirname(place)
+    if not os.path.isdir(place):
+        raise UserError(f"--workdir={workdir}: {place} is a file, not a folder; choose a folder you may write to")
+    if not os.access(place, os.R_OK | os.W_OK | os.X_OK):
+        raise UserError(f"--workdir={workdir}: {place} cannot be written to; choose a folder you may write to")
+
+
+def _check_same_config(experiment: Experiment, path: str, workdir: str) -> None:
     changes = [line for line in diff(from_dict(Experiment, read_json(path)), experiment) if not _harmless(line)]
     if changes:
         raise UserError(
@@ -105,22 +128,38 @@ def _harmless(change: str) -> bool:
     return change.startswith(("mesh.", "checkpoint_seconds"))
 
 
-def _conclude(experiment: Experiment, workdir: str, spec: str) -> None:
-    result: dict[str, Any] = {}
+def _conclude(experiment: Experiment, workdir: str, steps: Sequence[tuple[str, str]]) -> None:
+    """The final table, the report, and `steps`: (what it does, command) pairs that say how to go on."""
     if experiment.ppo is not None:
         result = read_json(os.path.join(workdir, "ppo", "result.json"))
         Console().print(final_table(result["table"]))
-    steps = [
-        ("change one thing", f"llmjax --config={spec} --config.seed=1 --workdir={workdir.rstrip('/')}-seed1"),
-        ("the same on 8 virtual devices",
-         f"llmjax --config={spec} --config.mesh.fsdp=4 --config.mesh.data=2 --cpu_devices=8 --workdir={workdir.rstrip('/')}-mesh"),
-    ]  # fmt: skip
-    if experiment.sft is not None:
-        steps.insert(0, ("chat with it", f"llmjax-chat --workdir={workdir}"))
     path = write_report(workdir, experiment.name, next_steps=steps)
     print(f"report    {path}")
     for text, command in steps:
         print(f"{text + ':':<31}{command}")
+
+
+def _chat_step(experiment: Experiment, workdir: str) -> list[tuple[str, str]]:
+    return [("chat with it", f"llmjax-chat --workdir={shlex.quote(workdir)}")] if experiment.sft is not None else []
+
+
+def _variations(experiment: Experiment, workdir: str, command: str) -> list[tuple[str, str]]:
+    folder = workdir.rstrip("/")
+    steps = [("change one thing", f"{command} --config.seed=1 --workdir={shlex.quote(folder + '-seed1')}")]
+    eight = MeshConfig(data=2, fsdp=4)
+    if experiment.mesh.size == 1 and _fits(experiment, eight):
+        mesh = f"--config.mesh.fsdp={eight.fsdp} --config.mesh.data={eight.data} --cpu_devices={eight.size}"
+        steps.append(("the same on 8 virtual devices", f"{command} {mesh} --workdir={shlex.quote(folder + '-mesh')}"))
+    return steps
+
+
+def _fits(experiment: Experiment, mesh: MeshConfig) -> bool:
+    """Whether the batches of `experiment` can be split over `mesh`."""
+    try:
+        replace(experiment, mesh=mesh).validate()
+    except UserError:
+        return False
+    return True
 
 
 def open_run(workdir: str) -> Run:

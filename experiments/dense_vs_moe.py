@@ -1,0 +1,25 @@
+"""Dense against sparse, from pre-training to PPO: equal active parameters, equal tokens, the same data in the same order.
+
+    llmjax --config=experiments/dense_vs_moe.py --workdir=runs/dense_vs_moe
+    llmjax --config=experiments/dense_vs_moe.py:test --workdir=runs/test   (seconds for each; what the tests run)
+
+An override changes both, or the one that it names:
+
+    --config.ppo.kl_coef=0.1        in both
+    --config.moe.ppo.kl_coef=0.1    in the sparse one only; --config.dense.ppo.kl_coef=0.1 in the dense one
+    --config.model.moe.top_k=4      where there are experts
+
+Expected: a table of both, stage by stage, on the terminal and in report.html; each run's own report is in its folder,
+runs/dense_vs_moe/dense and runs/dense_vs_moe/moe. Hardware: 2 CPU cores, about the time of two quickstarts.
+"""
+
+from experiments import quickstart
+from llmjax.stages.config import Study
+
+
+def get_config(arg: str = "quickstart") -> Study:
+    pairs = {"quickstart": ("dense", "moe"), "test": ("test", "test_moe")}
+    if arg not in pairs:
+        raise ValueError(f"unknown argument {arg!r}; there is {' and '.join(pairs)}")
+    dense, moe = map(quickstart.get_config, pairs[arg])
+    return Study(name=f"dense-vs-moe-{arg}", experiments={"dense": dense, "moe": moe})

@@ -1,0 +1,95 @@
+"""The program as a user starts it: a process of its own, on one CPU device unless its flags say otherwise."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+QUICKSTART = REPOSITORY / "experiments" / "quickstart.py"
+KINDS = {"dense": "test", "moe": "test_moe"}
+STAGES = ("pretrain", "sft", "reward", "ppo")
+TIMEOUT = 600  # seconds; a run takes one or two minutes on two cores
+SPEED = ("tokens_per_second", "mfu")
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run that is over: of which kind, where, and what it printed."""
+
+    kind: str
+    workdir: pathlib.Path
+    stdout: str
+    stderr: str
+
+
+def command(kind: str, workdir: pathlib.Path, *flags: str) -> list[str]:
+    return [sys.executable, "-m", "llmjax.main", f"--config={QUICKSTART}:{KINDS[kind]}", f"--workdir={workdir}", *flags]
+
+
+def environment() -> dict[str, str]:
+    """Without the virtual devices that tests/conftest.py asks for; where the package is, whether installed or not."""
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
+
+
+def start(kind: str, workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(kind, workdir, *flags), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(kind: str, workdir: pathlib.Path, *flags: str) -> Finished:
+    """Runs to the end, which must be a good one."""
+    process = start(kind, workdir, *flags)
+    try:
+        stdout, stderr = process.communicate(timeout=TIMEOUT)
+    finally:
+        process.kill()
+    assert process.returncode == 0, f"exit status {process.returncode}\n{stdout[-2000:]}\n{stderr[-4000:]}"
+    return Finished(kind, workdir, stdout, stderr)
+
+
+def kill_in(stage: str, kind: str, workdir: pathlib.Path, *flags: str) -> None:
+    """Starts the run and kills it (SIGKILL) as soon as `stage` has a checkpoint."""
+    process = start(kind, workdir, *flags)
+    deadline = time.monotonic() + TIMEOUT
+    try:
+        while not committed_steps(workdir, stage):
+            assert process.poll() is None, f"over before {stage}:\n{''.join(process.communicate())[-4000:]}"
+            assert time.monotonic() < deadline, f"no checkpoint of {stage} after {TIMEOUT} s"
+            time.sleep(0.002)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def committed_steps(workdir: pathlib.Path, stage: str) -> list[int]:
+    """Steps that have a whole checkpoint."""
+    return sorted(int(path.name) for path in (workdir / stage / "checkpoints").glob("*") if path.name.isdigit())
+
+
+def result(workdir: pathlib.Path, stage: str) -> dict:
+    return json.loads((workdir / stage / "result.json").read_text(encoding="utf-8"))
+
+
+def rows(workdir: pathlib.Path, stage: str | None = None, kind: str | None = None) -> list[dict]:
+    """Rows of metrics.jsonl, of one stage and kind if given."""
+    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    found = [json.loads(line) for line in lines]
+    return [row for row in found if stage in (None, row["stage"]) and kind in (None, row["kind"])]
+
+
+def outcome(workdir: pathlib.Path) -> dict:
+    """Everything of a run that its config determines, so not how fast it was."""
+    results = {stage: result(workdir, stage) for stage in STAGES}
+    return {
+        "results": {
+            stage: {name: found[name] for name in ("steps", "tokens", "metrics", "samples", "table") if name in found}
+            for stage, found in results.items()
+        },
+        "rows": [{name: value for name, value in row.items() if name not in SPEED} for row in rows(workdir)],
+    }

@@ -1,0 +1,23 @@
+"""A run that is killed in every stage and started again ends as one that was left alone, bit for bit."""
+
+import program
+import pytest
+
+pytestmark = pytest.mark.slow
+
+EVERY_STEP = "--config.checkpoint_seconds=0.001"
+
+
+def test_killed_in_every_stage(finished, tmp_path):
+    workdir = tmp_path / "killed"
+    for stage in program.STAGES:
+        program.kill_in(stage, finished.kind, workdir, EVERY_STEP)
+        assert program.rows(workdir, stage, "train") and not (workdir / stage / "result.json").exists()
+    again = program.run(finished.kind, workdir, EVERY_STEP)
+    assert [line.split()[0] for line in again.stdout.splitlines() if "complete already" in line] == list(program.STAGES[:-1])
+    for stage in program.STAGES:
+        # The first step of a process has no speed: so each stage went on from a later step than its first.
+        assert [r["step"] for r in program.rows(workdir, stage, "train") if "tokens_per_second" not in r][-1] > 1, stage
+    killed, whole = program.outcome(workdir), program.outcome(finished.workdir)
+    assert killed["results"] == whole["results"]
+    assert killed["rows"] == whole["rows"]

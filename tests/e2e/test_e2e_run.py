@@ -1,0 +1,174 @@
+"""What one command leaves: four complete stages, metrics, samples, a report, and a model to talk to."""
+
+import json
+import math
+import re
+import shutil
+
+import program
+import pytest
+
+from llmjax import chat, main
+from llmjax.config import load_experiment, to_json
+from llmjax.errors import UserError
+
+METRICS = {
+    "pretrain": {"loss", "perplexity", "bits_per_byte", "ngram5_loss", "ngram5_bits_per_byte", "num_params",
+                 "num_active_params", "train_tokens"},
+    "sft": {"loss", "instruction_following_before", "instruction_following_after", "gold", "correct"},
+    "reward": {"accuracy", "noise_ceiling", "accuracy_of_ceiling", "gold_accuracy", "loss"},
+    "ppo": {"gold", "gold_stderr", "correct", "instruction_following", "kl", "kl_stderr", "length"},
+}  # fmt: skip
+
+
+@pytest.fixture()
+def experiment(finished):
+    return load_experiment(f"{program.QUICKSTART}:{program.KINDS[finished.kind]}")
+
+
+def test_terminal(finished):
+    assert finished.stderr == ""
+    for stage in program.STAGES:
+        assert re.search(rf"^{stage} +step +\d+/\d+  loss [\d.]+  .*done in \d+:\d\d$", finished.stdout, re.MULTILINE)
+        assert re.search(rf"^{stage} +complete in \d+ s: \w+ ", finished.stdout, re.MULTILINE)
+    assert "tokens/s" in finished.stdout and "time left" in finished.stdout
+    for line in (f"report    {finished.workdir}/report.html", f"llmjax-chat --workdir={finished.workdir}"):
+        assert line in finished.stdout
+
+
+def test_results(finished, experiment):
+    for stage in program.STAGES:
+        result = program.result(finished.workdir, stage)
+        assert result["stage"] == stage and result["steps"] == getattr(experiment, stage).steps
+        assert result["seconds"] > 0 and result["tokens"] > 0
+        assert METRICS[stage] <= set(result["metrics"])
+        assert all(math.isfinite(value) for value in result["metrics"].values())
+    metrics = program.result(finished.workdir, "pretrain")["metrics"]
+    assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
+    assert (metrics["num_active_params"] < metrics["num_params"]) == (finished.kind == "moe")
+    assert metrics["train_tokens"] == 6 * 8 * 64
+
+
+def test_table_of_models(finished):
+    base, sft, ppo = program.result(finished.workdir, "ppo")["table"]
+    assert [row["model"] for row in (base, sft, ppo)] == ["base", "sft", "ppo"]
+    assert sft["kl"] == sft["kl_stderr"] == 0.0  # against itself
+    assert ppo["kl"] != 0.0
+    assert program.result(finished.workdir, "ppo")["metrics"] == {k: v for k, v in ppo.items() if k != "model"}
+    after = program.result(finished.workdir, "sft")["metrics"]["instruction_following_after"]
+    assert sft["instruction_following"] == after  # the same questions, the same keys
+
+
+def test_samples(finished):
+    for stage in ("pretrain", "sft", "ppo"):
+        samples = program.result(finished.workdir, stage)["samples"]
+        assert len(samples) == 2 and all(sample["prompt"] and sample["answer"] for sample in samples)
+        for sample in samples:
+            assert f"    {sample['prompt']} -> {sample['answer']}" in finished.stdout
+
+
+def test_rankings(finished, experiment):
+    for split, num in (("train", experiment.reward.num_prompts), ("validation", experiment.reward.num_eval_prompts)):
+        text = (finished.workdir / "reward" / f"rankings-{split}.jsonl").read_text(encoding="utf-8")
+        ranked = [json.loads(line) for line in text.split("\n")[:-1]]
+        assert len({row["id"] for row in ranked}) == num
+        assert all(len(row["answers"]) == 4 and min(a["rank"] for a in row["answers"]) == 0 for row in ranked)
+
+
+def test_metrics_rows(finished, experiment):
+    for stage in program.STAGES:
+        train = program.rows(finished.workdir, stage, "train")
+        assert [row["step"] for row in train] == list(range(1, getattr(experiment, stage).steps + 1))
+        assert all(math.isfinite(value) for row in train for value in row.values() if not isinstance(value, str))
+        assert all(row["tokens_per_second"] > 0 for row in train[1:])
+    assert [row["step"] for row in program.rows(finished.workdir, "pretrain", "eval")] == [3, 6]
+    assert [row["step"] for row in program.rows(finished.workdir, "sft", "eval")] == [2, 4]
+
+
+def test_ppo_starts_on_the_reference(finished):
+    first, *later = program.rows(finished.workdir, "ppo", "train")
+    assert first["kl"] == pytest.approx(0.0, abs=1e-5) and first["first_ratio_max"] == pytest.approx(1.0, abs=1e-5)
+    assert all(row["sampler_gap"] < 1e-4 for row in (first, *later))
+    assert any(abs(row["kl"]) > 1e-3 for row in later)
+
+
+def test_router_metrics(finished, experiment):
+    for stage in program.STAGES:
+        row = program.rows(finished.workdir, stage, "train")[0]
+        names = [name for name in row if name.startswith("moe/")]
+        assert bool(names) == (finished.kind == "moe"), f"{stage}: {names}"
+        if finished.kind == "moe":
+            for layer in range(experiment.model.num_layers):
+                assert sum(row[f"moe/load/{layer}/{e}"] for e in range(4)) == pytest.approx(1.0, abs=1e-5)
+
+
+def test_report_needs_nothing_else(finished):
+    page = (finished.workdir / "report.html").read_text(encoding="utf-8")
+    assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?!["']?(?:data:|#))[^"'\s>]+""", page)
+    assert not re.search(r"<script|<link|<iframe|@import|url\((?!#|data:)", page)
+    assert page.count("<svg") >= 3
+    for title in ("Pre-training", "SFT", "Reward model", "PPO", f"llmjax-chat --workdir={finished.workdir}"):
+        assert title in page
+
+
+def test_nothing_unfinished_is_left(finished):
+    names = [str(path.relative_to(finished.workdir)) for path in finished.workdir.rglob("*")]
+    assert not [name for name in names if re.search(r"(^|/)\.|checkpoints|tmp", name)]
+    assert {name for name in names if "/" not in name} == {
+        "config.json", "data", "metrics.jsonl", "report.html", "tokenizer", *program.STAGES
+    }  # fmt: skip
+
+
+def test_config_is_kept(finished, experiment):
+    assert (finished.workdir / "config.json").read_text(encoding="utf-8") == to_json(experiment)
+
+
+def test_again_does_nothing(finished):
+    def written():
+        paths = [path for path in finished.workdir.rglob("*") if path.is_file() and path.name != "report.html"]
+        return {path: (path.stat().st_size, path.read_bytes()) for path in paths}
+
+    before, params = written(), finished.workdir / "ppo" / "params"
+    made = params.stat().st_mtime_ns
+    again = program.run(finished.kind, finished.workdir)
+    assert re.findall(r"^(\w+) +complete already$", again.stdout, re.MULTILINE) == list(program.STAGES)
+    assert "step" not in again.stdout
+    assert again.stderr == "" and f"report    {finished.workdir}/report.html" in again.stdout
+    assert written() == before and params.stat().st_mtime_ns == made
+
+
+def test_another_config_is_refused(finished, capsys):
+    kind = program.KINDS[finished.kind]
+    with pytest.raises(UserError, match=r"was made by another config \(seed: 0 -> 1\)"):
+        main.run(["llmjax", f"--config={program.QUICKSTART}:{kind}", f"--workdir={finished.workdir}", "--config.seed=1"])
+
+
+def chat_with(workdir, *flags: str) -> None:
+    chat.run(["llmjax-chat", f"--workdir={workdir}", "--message=Where does Klosha live?", "--max_new_tokens=6", *flags])
+
+
+def test_chat(finished, capsys):
+    answers = {}
+    for flags in ((), ("--stage=ppo",), ("--stage=sft",), ("--stage=pretrain",)):
+        chat_with(finished.workdir, *flags)
+        answers[flags] = capsys.readouterr().out
+    assert answers[()] == answers["--stage=ppo",]
+    assert all(answer.endswith("\n") for answer in answers.values())
+    assert any(answer.strip() for answer in answers.values())
+
+
+def test_chat_streams_what_it_answers(finished, capsys):
+    talk = chat.Chat(str(finished.workdir), "pretrain", 0.0, 6, 0)
+    pieces = list(talk.answer("Where does Klosha live?"))
+    chat_with(finished.workdir, "--stage=pretrain")
+    assert "".join(pieces) + "\n" == capsys.readouterr().out
+    assert sum(bool(piece) for piece in pieces) > 1
+
+
+def test_chat_with_an_unfinished_run(finished, tmp_path):
+    for name in ("config.json", "tokenizer", "pretrain", "sft"):
+        copy = shutil.copytree if (finished.workdir / name).is_dir() else shutil.copy
+        copy(finished.workdir / name, tmp_path / name)
+    with pytest.raises(UserError, match="stage ppo is not complete there; there is sft, pretrain$"):
+        chat_with(tmp_path, "--stage=ppo")
+    chat_with(tmp_path)

@@ -1,0 +1,144 @@
+"""Decoding with a cache is the full forward pass, token by token."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from llmjax.generation.decode import decode_step, generate, prefill, stream
+from llmjax.generation.sampling import SamplingConfig
+
+both = pytest.mark.parametrize("cfg", tiny.MODELS.values(), ids=tiny.MODELS.keys())
+PROMPT, NEW, PAD = 6, 8, 0
+LENGTHS = (6, 2, 4)
+SAMPLING = SamplingConfig(max_new_tokens=NEW, temperature=0.6)
+GREEDY = SamplingConfig(max_new_tokens=NEW, temperature=0.0)
+# `generate` itself, compiled once for all ends of turn.
+generate_any_end = tiny.jit(generate.__wrapped__, static_argnames=("cfg", "sampling"))
+
+
+def prompts(cfg, seed: int = 0):
+    """Prompts of different lengths, padded on the left with a token that is not special."""
+    segments = np.array([[0] * (PROMPT - n) + [1] * n for n in LENGTHS], np.int32)
+    return np.where(segments > 0, tiny.tokens(cfg, len(LENGTHS), PROMPT, seed=seed), 9), segments
+
+
+def likeliest_end(cfg, params) -> int:
+    """A token that ends some rows early: the most frequent one of an endless generation."""
+    free = run(params, cfg, end_id=-1)
+    return int(np.bincount(np.asarray(free.tokens).ravel()).argmax())
+
+
+def run(params, cfg, end_id, sampling=SAMPLING, rows=slice(None), seed: int = 0):
+    tokens, segments = prompts(cfg)
+    keys = jax.random.split(jax.random.key(seed), len(LENGTHS))[rows]
+    inputs = jnp.asarray(tokens[rows]), jnp.asarray(segments[rows]), keys
+    return generate_any_end(params, *inputs, cfg=cfg, sampling=sampling, end_id=jnp.int32(end_id), pad_id=PAD)
+
+
+def full_logits(params, cfg, generation):
+    """Logits [B, R, V] for each response token, from one pass without a cache."""
+    tokens, segments = prompts(cfg)
+    whole = np.concatenate([tokens, generation.tokens], axis=1)
+    ones = np.ones_like(generation.tokens)
+    return tiny.logits(params, whole, cfg, segments=np.concatenate([segments, ones], axis=1))[:, PROMPT - 1 : -1]
+
+
+@both
+def test_every_cached_step_equals_the_full_forward_pass(cfg):
+    params, (tokens, segments) = tiny.language_model(cfg), prompts(cfg)
+    text = tiny.tokens(cfg, len(LENGTHS), 5, seed=7)
+    state = tiny.jit(partial(prefill, cfg=cfg, size=PROMPT + 5))(params, jnp.asarray(tokens), jnp.asarray(segments))
+    step = tiny.jit(partial(decode_step, cfg=cfg))
+    whole = np.concatenate([tokens, text], axis=1)
+    full = tiny.logits(params, whole, cfg, segments=np.concatenate([segments, np.ones_like(text)], axis=1))
+    for t in range(5):
+        np.testing.assert_allclose(state.logits, full[:, PROMPT - 1 + t], atol=1e-5)
+        np.testing.assert_array_equal(state.position, np.array(LENGTHS) + t)
+        state = step(params, state, jnp.asarray(text[:, t]))
+    np.testing.assert_allclose(state.logits, full[:, -1], atol=1e-5)
+
+
+@both
+def test_greedy_is_the_argmax_of_repeated_full_forward_passes(cfg):
+    params, (tokens, segments) = tiny.language_model(cfg), prompts(cfg)
+    got = run(params, cfg, end_id=-1, sampling=GREEDY)
+    width = PROMPT + NEW
+    text = np.pad(tokens, ((0, 0), (0, NEW)))
+    for t in range(PROMPT, width):
+        real = np.pad(np.concatenate([segments, np.ones((len(LENGTHS), t - PROMPT))], axis=1), ((0, 0), (0, width - t)))
+        text[:, t] = tiny.logits(params, text, cfg, segments=real)[:, t - 1].argmax(axis=-1)
+    np.testing.assert_array_equal(got.tokens, text[:, PROMPT:])
+    assert not np.any(got.ended) and np.all(got.mask == 1)
+
+
+@both
+def test_log_probs_are_those_of_the_full_forward_pass_at_the_temperature(cfg):
+    params = tiny.language_model(cfg)
+    got = run(params, cfg, end_id=likeliest_end(cfg, params))
+    log_probs = np.asarray(jax.nn.log_softmax(full_logits(params, cfg, got) / SAMPLING.temperature, axis=-1))
+    expected = np.take_along_axis(log_probs, np.asarray(got.tokens)[..., None], axis=-1)[..., 0] * got.mask
+    np.testing.assert_allclose(got.log_probs, expected, atol=1e-5)
+
+
+@both
+def test_a_row_depends_on_its_own_prompt_and_key_only(cfg):
+    params = tiny.language_model(cfg)
+    together = run(params, cfg, end_id=-1)
+    for row in range(len(LENGTHS)):
+        alone = run(params, cfg, end_id=-1, rows=slice(row, row + 1))
+        np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
+        np.testing.assert_allclose(alone.log_probs[0], together.log_probs[row], atol=1e-5)
+    other_keys = run(params, cfg, end_id=-1, seed=1)
+    assert np.any(other_keys.tokens != together.tokens, axis=1).all()
+
+
+@both
+def test_a_row_stops_at_its_end_of_turn(cfg):
+    params = tiny.language_model(cfg)
+    end_id = likeliest_end(cfg, params)
+    free, got = run(params, cfg, end_id=-1), run(params, cfg, end_id=end_id)
+    assert 0 < np.sum(got.ended)
+    for row in range(len(LENGTHS)):
+        places = np.flatnonzero(np.asarray(free.tokens[row]) == end_id)
+        length = places[0] + 1 if len(places) else NEW
+        assert bool(got.ended[row]) == (len(places) > 0)
+        np.testing.assert_array_equal(got.mask[row], np.arange(NEW) < length)
+        np.testing.assert_array_equal(got.tokens[row, :length], free.tokens[row, :length])
+        np.testing.assert_array_equal(got.tokens[row, length:], PAD)
+        np.testing.assert_array_equal(got.log_probs[row, length:], 0)
+
+
+def test_stream_is_generate():
+    cfg = tiny.SPARSE
+    params, (tokens, segments) = tiny.language_model(cfg), prompts(cfg)
+    greedy = run(params, cfg, end_id=-1, sampling=GREEDY)
+    end_id = int(greedy.tokens[0, 3])  # the first row may end even earlier
+    expected = run(params, cfg, end_id=end_id, sampling=GREEDY)
+    for row in (0, 1):
+        prompt = [int(token) for token, real in zip(tokens[row], segments[row]) if real]
+        got = list(stream(params, prompt, jax.random.key(0), cfg=cfg, sampling=GREEDY, end_id=end_id))
+        length = int(expected.mask[row].sum()) - int(expected.ended[row])
+        assert got == expected.tokens[row, :length].tolist()
+
+
+def test_generate_as_it_is_compiled_gives_the_same():
+    cfg = tiny.DENSE
+    params, (tokens, segments) = tiny.language_model(cfg), prompts(cfg)
+    expected = run(params, cfg, end_id=3)
+    keys = jax.random.split(jax.random.key(0), len(LENGTHS))
+    got = generate(params, tokens, segments, keys, cfg=cfg, sampling=SAMPLING, end_id=3, pad_id=PAD)
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=1e-5)
+
+
+def test_stream_draws_what_generate_draws_from_the_same_key():
+    cfg = tiny.DENSE
+    params, (tokens, _) = tiny.language_model(cfg), prompts(cfg)
+    expected = run(params, cfg, end_id=-1)
+    key = jax.random.split(jax.random.key(0), len(LENGTHS))[0]
+    got = list(stream(params, tokens[0].tolist(), key, cfg=cfg, sampling=SAMPLING, end_id=-1))
+    assert got == expected.tokens[0].tolist()

@@ -1,0 +1,270 @@
+"""The command line: every mistake is one line on stderr and exit status 2, and leaves nothing behind."""
+
+import gzip
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from llmjax import main
+from llmjax.config import from_json, load_experiment, to_json
+from llmjax.stages.config import Experiment
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+EXPERIMENTS = REPOSITORY / "experiments"
+QUICKSTART = f"--config={EXPERIMENTS / 'quickstart.py'}"
+TEXT = f"--config={EXPERIMENTS / 'pretrain_text.py'}:test"
+STUDY = f"--config={EXPERIMENTS / 'dense_vs_moe.py'}:test"
+
+
+@pytest.fixture(autouse=True)
+def _leave_this_process_alone(monkeypatch):
+    monkeypatch.setenv("LLMJAX_KEEP_MEMORY", "0")
+
+
+def error_of(capsys, *flags: str) -> str:
+    """The one line that the program ends with, its name taken off."""
+    with pytest.raises(SystemExit) as ended:
+        main.call(main.run, ["/somewhere/llmjax", *map(str, flags)])
+    captured = capsys.readouterr()
+    assert ended.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("llmjax: ") and captured.err.endswith("\n") and captured.err.count("\n") == 1
+    return captured.err.removeprefix("llmjax: ").rstrip("\n")
+
+
+def tree(folder: pathlib.Path) -> dict[str, tuple[int, bytes]]:
+    """Everything below `folder`: times and contents."""
+    paths = (path for path in folder.rglob("*"))
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in paths}
+
+
+@pytest.fixture()
+def workdir(tmp_path) -> pathlib.Path:
+    """Where a run would write; a test that asks for it fails if anything is there in the end."""
+    path = tmp_path / "runs" / "one"
+    yield path
+    assert not path.parent.exists()
+
+
+# ---- flags ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--workdri=x"], "Unknown command line flag 'workdri'. Did you mean: workdir ?; --help lists the flags"),
+    (["--cpu_devices=two"], "flag --cpu_devices=two:"),
+    (["--cpu_devices=-1"], "--cpu_devices=-1 must be positive"),
+    (["quickstart"], "unexpected argument 'quickstart'; flags are written --name=value"),
+    (["--config.seed"], "--config.seed: no value; write --config.seed=VALUE"),
+    (["--config.seed=x"], "--config.seed=x: expected int; for example --config.seed=8"),
+    (["--config.sede=1"], "--config.sede=1: no field 'sede' in Experiment; did you mean 'seed'?"),
+    (["--config.pretrain.optimizer.learningrate=1"], "no field 'learningrate' in OptimizerConfig; did you mean 'learning_rate'?"),
+    (["--config.pretrain.steps=many"], "--config.pretrain.steps=many: expected int"),
+    (["--config.pretrain.steps=0"], "pretrain: steps=0 must be positive"),
+    (["--config.pretrain=none"], "sft.init='pretrain' is not an earlier stage"),
+    (["--config.reward=none"], "ppo.reward='reward' is not an earlier stage of this experiment; there is pretrain, sft"),
+    (["--config.model.moe.top_k=9"], "model.moe: top_k=9 must be between 1 and num_experts=8"),
+    (["--config.model.num_heads=3"], "model: num_heads=3 is not a multiple of num_kv_heads=2"),
+    (["--config.mesh.data=3"], "pretrain.batch_size=32 is not divisible by the 3 batch shards of the mesh (data=3); use"),
+    (["--config.ppo.batch_size=12", "--config.mesh.data=4"], "ppo.batch_size / ppo.minibatches=6 is not divisible"),
+    (["--config.mesh.data=16"], "mesh: data=16 needs 16 devices, 8 found"),
+    (["--config.mesh.expert=4", "--config.model.moe.num_experts=6"], "mesh.expert=4 does not divide"),
+    (["--config.tokenizer.vocab_size=100"], "tokenizer: vocab_size=100 is less than 262"),
+    (["--config.data.path=x.txt"], "sft needs dialogues with a judge, which only the built-in world has"),
+])  # fmt: skip
+def test_wrong_flags(capsys, workdir, flags, message):
+    assert message in error_of(capsys, QUICKSTART, f"--workdir={workdir}", *flags)
+
+
+def test_missing_flags(capsys):
+    assert error_of(capsys).startswith("--config is missing; give an experiment file")
+    assert error_of(capsys, QUICKSTART).startswith("--workdir is missing; give a folder for this run")
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    (f"{EXPERIMENTS}/quickstrt.py", "did you mean"),
+    (f"{EXPERIMENTS}/quickstart.py:mo", "unknown argument 'mo'; there is dense, moe, test and test_moe"),
+    (f"{EXPERIMENTS}/dense_vs_moe.py:tset", "unknown argument 'tset'"),
+    (f"{EXPERIMENTS}/__init__.py", "has no function get_config"),
+])  # fmt: skip
+def test_wrong_experiment(capsys, workdir, config, message):
+    assert message in error_of(capsys, f"--config={config}", f"--workdir={workdir}")
+
+
+def test_experiment_without_a_stage(capsys, workdir, tmp_path):
+    file = tmp_path / "nothing.py"
+    file.write_text("from llmjax.stages.config import Experiment\ndef get_config(): return Experiment('nothing')\n")
+    line = error_of(capsys, f"--config={file}", f"--workdir={workdir}")
+    assert line == "Experiment: no stage: give at least pretrain"
+
+
+# ---- data -------------------------------------------------------------------------------------------------------
+
+
+def text_error(capsys, workdir, *flags: str) -> str:
+    return error_of(capsys, TEXT, f"--workdir={workdir}", *flags)
+
+
+def test_no_path(capsys, workdir):
+    assert text_error(capsys, workdir).startswith("data: path is empty")
+
+
+def test_missing_file(capsys, workdir, tmp_path):
+    path = tmp_path / "no" / "*.txt"
+    assert text_error(capsys, workdir, f"--config.data.path={path}") == (
+        f"path={path} matches no file; there is no folder {path.parent}"
+    )
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_empty_corpus(capsys, workdir, tmp_path, name):
+    path = tmp_path / name
+    path.write_text("\n \n")
+    assert text_error(capsys, workdir, f"--config.data.path={path}").startswith(f"path={path}: the corpus is empty")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_corrupt_jsonl_line(capsys, workdir, tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    with (gzip.open if suffix.endswith("gz") else open)(path, "wt") as file:
+        file.write('{"text": "one"}\n{"text": "two"\n{"text": "three"}\n')
+    line = text_error(capsys, workdir, f"--config.data.path={path}")
+    assert line.startswith(f"{path}:2: not JSON (") and line.endswith("mend or remove the line")
+
+
+def test_other_field_of_jsonl(capsys, workdir, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"txt": "one"}\n')
+    assert f"{path}:1: no field 'text'; did you mean 'txt'?" in text_error(capsys, workdir, f"--config.data.path={path}")
+
+
+def test_unknown_suffix(capsys, workdir, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n")
+    assert f"{path}: unknown suffix" in text_error(capsys, workdir, f"--config.data.path={path}")
+
+
+def test_unknown_tfds_name(capsys, workdir):
+    line = text_error(capsys, workdir, "--config.data.kind=tfds", "--config.data.name=imdb_reviewz")
+    assert line.startswith("name=imdb_reviewz: TFDS has no such data set") and "did you mean 'imdb_reviews'?" in line
+
+
+# ---- workdir ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [f"{QUICKSTART}:test", STUDY], ids=["experiment", "study"])
+@pytest.mark.parametrize("below", ["", "runs/one"])
+def test_workdir_is_a_file(capsys, tmp_path, config, below):
+    file = tmp_path / "file"
+    file.write_text("text")
+    before = tree(tmp_path)
+    line = error_of(capsys, config, f"--workdir={file / below}")
+    assert line.startswith(f"--workdir={file / below}") and f"{file} is a file, not a folder" in line
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_workdir_without_permission(capsys, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        assert f"{tmp_path} cannot be written to" in error_of(capsys, f"{QUICKSTART}:test", f"--workdir={tmp_path / 'a'}")
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_workdir_of_another_config(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(load_experiment(f"{EXPERIMENTS}/quickstart.py:test")))
+    before = tree(tmp_path)
+    line = error_of(capsys, f"{QUICKSTART}:test", f"--workdir={tmp_path}", "--config.seed=1", "--config.ppo.kl_coef=0.2")
+    assert line == (
+        f"--workdir={tmp_path} was made by another config (seed: 0 -> 1; ppo.kl_coef: 0.05 -> 0.2); "
+        "use another --workdir, or delete this one to start again"
+    )
+    assert tree(tmp_path) == before
+
+
+def test_study_is_checked_whole_before_it_starts(capsys, tmp_path):
+    other = tmp_path / "moe" / "config.json"
+    other.parent.mkdir()
+    other.write_text(to_json(load_experiment(f"{EXPERIMENTS}/quickstart.py:test")))
+    before = tree(tmp_path)
+    assert f"--workdir={other.parent} was made by another config" in error_of(capsys, STUDY, f"--workdir={tmp_path}")
+    assert tree(tmp_path) == before
+
+
+def test_broken_config_in_workdir(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{\n"name": \n')
+    assert f"{tmp_path / 'config.json'}:3: not JSON" in error_of(capsys, f"{QUICKSTART}:test", f"--workdir={tmp_path}")
+
+
+# ---- what is not an error ---------------------------------------------------------------------------------------
+
+
+def output_of(capsys, *flags: str) -> str:
+    main.call(main.run, ["llmjax", *flags])
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def test_print_config(capsys, workdir):
+    flags = ["--print_config", f"--workdir={workdir}", "--config.ppo.kl_coef=0.1"]
+    config = from_json(Experiment, output_of(capsys, f"{QUICKSTART}:moe", *flags))
+    assert config.ppo.kl_coef == 0.1 and config.model.moe.num_experts == 8
+
+
+def test_overrides_of_a_study(capsys):
+    def printed(*flags):
+        runs = json.loads(output_of(capsys, STUDY, "--print_config", *flags))["experiments"]
+        return {name: (run["ppo"]["kl_coef"], run["model"]["moe"] and run["model"]["moe"]["top_k"]) for name, run in runs.items()}
+
+    assert printed() == {"dense": (0.05, None), "moe": (0.05, 2)}
+    assert printed("--config.ppo.kl_coef=0.1") == {"dense": (0.1, None), "moe": (0.1, 2)}
+    assert printed("--config.moe.ppo.kl_coef=0.1") == {"dense": (0.05, None), "moe": (0.1, 2)}
+    assert printed("--config.model.moe.top_k=4") == {"dense": (0.05, None), "moe": (0.05, 4)}
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main.call(main.run, ["llmjax", "--help"])
+    captured = capsys.readouterr()
+    assert ended.value.code == 0 and captured.err == ""
+    assert captured.out.startswith(main.USAGE)
+    assert all(f"--{flag}" in captured.out for flag in ("config", "workdir", "[no]print_config", "cpu_devices"))
+
+
+def test_interrupt_says_how_to_go_on(capsys):
+    def interrupted(argv):
+        raise KeyboardInterrupt
+
+    with pytest.raises(SystemExit) as ended:
+        main.call(interrupted, ["llmjax"])
+    assert ended.value.code == 130
+    assert capsys.readouterr().err == "stopped; the same command goes on from the last checkpoint\n"
+
+
+def test_bugs_keep_their_traceback():
+    def broken(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        main.call(broken, ["llmjax"])
+
+
+# ---- as a process -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--config.seed=x"], "--config.seed=x: expected int"),
+    (["--config.mesh.data=4", "--cpu_devices=2"], "mesh: data=4 needs 4 devices, 2 found; lower --config.mesh.*; on CPU add"),
+])  # fmt: skip
+def test_process(workdir, flags, message):
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    env.pop("XLA_FLAGS", None)
+    command = [sys.executable, "-m", "llmjax.main", QUICKSTART, f"--workdir={workdir}", *flags]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and message in done.stderr

@@ -1,0 +1,127 @@
+"""The ranking loss: all pairs of a prompt, and nothing but their order."""
+
+import itertools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from llmjax.objectives.reward import pairwise_ranking_loss, reward_loss, reward_of
+
+both = pytest.mark.parametrize("cfg", tiny.MODELS.values(), ids=tiny.MODELS.keys())
+
+
+def some_rankings(k: int, rows: int = 5):
+    rng = np.random.default_rng(k)
+    ranks = np.argsort(rng.random((rows, k)), axis=1)
+    return rng.normal(size=(rows, k)).astype(np.float32) * 2, ranks.astype(np.int32)
+
+
+def by_pairs(rewards, ranks):
+    """Mean over prompts and over all C(K, 2) pairs of -log sigmoid(better - worse)."""
+    losses = []
+    for r, rank in zip(rewards.astype(np.float64), ranks):
+        pairs = []
+        for i, j in itertools.combinations(range(len(r)), 2):
+            sign = np.sign(rank[j] - rank[i])  # 1: i is better
+            pairs.append(math.log1p(math.exp(-sign * (r[i] - r[j]))) if sign else 0.0)
+        losses.append(np.mean(pairs))
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize("k", [2, 3, 4, 7])
+def test_the_loss_is_the_mean_over_all_pairs(k):
+    rewards, ranks = some_rankings(k)
+    np.testing.assert_allclose(pairwise_ranking_loss(rewards, ranks)[0], by_pairs(rewards, ranks), rtol=1e-6)
+
+
+def test_two_answers_are_the_bradley_terry_model():
+    rewards, ranks = some_rankings(2)
+    chosen = np.take_along_axis(rewards, np.argmin(ranks, axis=1)[:, None], axis=1)
+    rejected = np.take_along_axis(rewards, np.argmax(ranks, axis=1)[:, None], axis=1)
+    expected = np.mean(-np.log(1 / (1 + np.exp(-(chosen - rejected)))))
+    np.testing.assert_allclose(pairwise_ranking_loss(rewards, ranks)[0], expected, rtol=1e-5)
+
+
+def test_the_order_of_answers_does_not_matter():
+    rewards, ranks = some_rankings(4)
+    loss, accuracy = pairwise_ranking_loss(rewards, ranks)
+    for order in itertools.permutations(range(4)):
+        permuted = pairwise_ranking_loss(rewards[:, list(order)], ranks[:, list(order)])
+        np.testing.assert_allclose(permuted, (loss, accuracy), rtol=1e-6)
+
+
+def test_a_constant_added_to_the_rewards_of_a_prompt_changes_nothing():
+    rewards, ranks = some_rankings(4)
+    shifted = rewards + np.float32([[3], [-2], [0], [8], [1]])
+    np.testing.assert_allclose(
+        pairwise_ranking_loss(shifted, ranks), pairwise_ranking_loss(rewards, ranks), rtol=1e-5
+    )
+
+
+def test_gradients_of_a_prompt_sum_to_zero_and_point_the_right_way():
+    rewards, ranks = some_rankings(4)
+    grad = jax.grad(lambda r: pairwise_ranking_loss(r, ranks)[0])(rewards)
+    np.testing.assert_allclose(np.sum(grad, axis=1), 0, atol=1e-7)
+    best = np.take_along_axis(np.asarray(grad), np.argmin(ranks, axis=1)[:, None], axis=1)
+    worst = np.take_along_axis(np.asarray(grad), np.argmax(ranks, axis=1)[:, None], axis=1)
+    assert np.all(best < 0) and np.all(worst > 0)
+
+
+def test_ties_say_nothing():
+    rewards = np.float32([[0.3, -1.0, 2.0]])
+    tied = np.int32([[0, 1, 1]])
+    loss, accuracy = pairwise_ranking_loss(rewards, tied)
+    pairs = [math.log1p(math.exp(-(0.3 - other))) for other in (-1.0, 2.0)]
+    np.testing.assert_allclose(loss, sum(pairs) / 3, rtol=1e-6)
+    assert accuracy == 0.5  # one of the two ranked pairs is right
+    grad = jax.grad(lambda r: pairwise_ranking_loss(r, jnp.zeros((1, 3), jnp.int32))[0])(rewards)
+    assert np.all(grad == 0)
+    assert pairwise_ranking_loss(rewards, np.zeros((1, 3), np.int32))[0] == 0
+
+
+def test_accuracy():
+    ranks = np.int32([[0, 1, 2], [2, 0, 1]])
+    assert pairwise_ranking_loss(np.float32([[3, 2, 1], [1, 3, 2]]), ranks)[1] == 1
+    assert pairwise_ranking_loss(np.float32([[1, 2, 3], [3, 1, 2]]), ranks)[1] == 0
+    assert pairwise_ranking_loss(np.zeros((2, 3), np.float32), ranks)[1] == 0.5
+    np.testing.assert_allclose(pairwise_ranking_loss(np.float32([[3, 1, 2], [1, 3, 2]]), ranks)[1], 5 / 6)
+
+
+def test_far_apart_rewards_stay_finite():
+    loss, grad = jax.value_and_grad(lambda r: pairwise_ranking_loss(r, np.int32([[0, 1]]))[0])(np.float32([[-500, 500]]))
+    assert loss == 1000 and np.all(np.isfinite(grad))
+
+
+@both
+def test_the_reward_does_not_depend_on_padding_nor_on_other_rows(cfg):
+    params, text, width = tiny.scalar_model(cfg), tiny.tokens(cfg, 1, 6)[0], 14
+    score = tiny.jit(lambda p, t, s: reward_of(p, t, s, cfg)[0])
+    rows = []
+    for left in range(0, width - 5, 2):
+        segments = np.zeros(width, np.int32)
+        segments[left : left + 6] = 1
+        padded = np.full(width, 9)
+        padded[left : left + 6] = text
+        rows.append((padded, segments))
+    tokens, segments = (np.stack(column).astype(np.int32) for column in zip(*rows))
+    alone = score(params, text[None], np.ones((1, 6), np.int32))
+    np.testing.assert_allclose(score(params, tokens, segments), np.full(len(rows), alone[0]), atol=1e-5)
+    neighbours = np.where(np.arange(len(rows))[:, None] == 0, tokens, tiny.tokens(cfg, len(rows), width, seed=5))
+    np.testing.assert_allclose(score(params, neighbours, np.maximum(segments, np.arange(len(rows))[:, None] > 0))[0],
+                               alone[0], atol=1e-5)  # fmt: skip
+
+
+@both
+def test_the_loss_of_a_batch_is_that_of_its_rewards(cfg):
+    params, batch = tiny.scalar_model(cfg), tiny.rankings(cfg, 3, 4, 8)
+    loss, metrics = tiny.jit(lambda p: reward_loss(p, batch, None, cfg))(params)
+    flat = batch["tokens"].reshape(12, 8), batch["segment_ids"].reshape(12, 8)
+    rewards = np.asarray(tiny.jit(lambda p: reward_of(p, *flat, cfg)[0])(params)).reshape(3, 4)
+    np.testing.assert_allclose(metrics["loss"], by_pairs(rewards, batch["ranks"]), rtol=1e-5)
+    np.testing.assert_allclose(metrics["reward_mean"], rewards.mean(), atol=1e-6)
+    np.testing.assert_allclose(metrics["reward_std"], rewards.std(), rtol=1e-5)
+    assert (loss == metrics["loss"]) if cfg.moe is None else (loss > metrics["loss"])
