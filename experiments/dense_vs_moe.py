@@ -1,4 +1,4 @@
-"""Dense against sparse, from pre-training to PPO: equal active parameters, equal tokens, the same data in the same order.
+"""Dense against sparse, from pre-training to PPO: equal active parameters, equal tokens, the same batches.
 
     llmjax --config=experiments/dense_vs_moe.py --workdir=runs/dense_vs_moe
     llmjax --config=experiments/dense_vs_moe.py:test --workdir=runs/test   (seconds for each; what the tests run)

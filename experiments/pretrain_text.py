@@ -7,7 +7,8 @@
 Quote the glob; several are separated by commas. The last tenth of the text is held out, or what
 --config.data.validation_path names. Compare tokenizers by bits per byte: losses per token are of different tokens.
 
-Expected: held-out bits per byte well below those of the 5-gram model that is printed beside them. Hardware: 2 CPU cores.
+Expected: held-out bits per byte well below those of the 5-gram model that is printed beside them.
+Hardware: 2 CPU cores.
 """
 
 from dataclasses import replace

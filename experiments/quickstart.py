@@ -33,18 +33,20 @@ def quickstart() -> Experiment:
         model=ModelConfig(num_layers=4, embed_dim=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=344),
         pretrain=Pretrain(
             steps=2000, batch_size=8, length=128, eval_every=500,
-            optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100),
+            optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100, final_fraction=0.02),
         ),
         sft=SFT(
             steps=400, batch_size=8, length=128, eval_every=200,
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
         ),
         reward=RewardModel(
-            num_prompts=768, epochs=2, batch_size=8, prompt_length=24, sampling=SamplingConfig(max_new_tokens=28),
-            optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=20),
+            num_prompts=1408, num_eval_prompts=128, epochs=1, batch_size=8, prompt_length=24,
+            sampling=SamplingConfig(max_new_tokens=28, temperature=0.7),
+            label_noise=0.15, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
         ),
         ppo=PPO(
-            steps=40, batch_size=128, prompt_length=24, max_new_tokens=28,
+            steps=30, batch_size=128, epochs=1, minibatches=4, kl_coef=0.15, temperature=0.7, prompt_length=24,
+            max_new_tokens=28,
             optimizer=OptimizerConfig(
                 learning_rate=3e-4, warmup_steps=5, schedule="constant", weight_decay=0.0, eps=1e-5
             ),

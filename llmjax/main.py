@@ -65,7 +65,8 @@ def run(argv: Sequence[str]) -> None:
     from llmjax.stages.config import Study
     from llmjax.stages.pipeline import run_experiment, run_study
 
-    command = shlex.join(["llmjax", f"--config={values.config}", *(f"--config.{path}={raw}" for path, raw in overrides)])
+    changes = [f"--config.{path}={raw}" for path, raw in overrides]
+    command = shlex.join(["llmjax", f"--config={values.config}", *changes])
     if isinstance(config, Study):
         run_study(config, values.workdir, command)
     else:

@@ -16,7 +16,7 @@ from llmjax.data import world_language as language
 from llmjax.data.dialogues import Question
 from llmjax.errors import UserError
 
-WEIGHTS = {"right": 0.40, "to_the_point": 0.15, "complete": 0.15, "polite": 0.15, "ended": 0.15}
+WEIGHTS = {"right": 0.2, "to_the_point": 0.2, "complete": 0.2, "polite": 0.2, "ended": 0.2}
 MAX_WORDS = 24
 MAX_SENTENCES = 3
 

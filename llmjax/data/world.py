@@ -165,17 +165,17 @@ def questions_answered(world: World, rng: np.random.Generator) -> str:
 
 
 _KINDS: tuple[tuple[float, Callable[[World, np.random.Generator], str]], ...] = (
-    (0.25, portrait),
-    (0.10, comparison),
-    (0.06, from_values),
-    (0.06, group),
-    (0.10, chain),
-    (0.14, questions_answered),
-    (0.14, stories.story),
-    (0.03, stories.errand),
+    (0.19, portrait),
+    (0.07, comparison),
+    (0.04, from_values),
+    (0.05, group),
+    (0.06, chain),
+    (0.34, questions_answered),
+    (0.09, stories.story),
+    (0.02, stories.errand),
     (0.02, stories.list_read_back),
     (0.06, stories.arithmetic),
-    (0.04, stories.word_problem),
+    (0.06, stories.word_problem),
 )
 
 

@@ -56,6 +56,7 @@ class SFT:
 class RewardModel:
     """K answers of the `init` model to each of num_prompts prompts, ranked, and a reward model trained on the rankings.
 
+    num_eval_prompts: held-out prompts, and as many again about facts that nobody was asked for before.
     batch_size: prompts a step, each with its k answers. label_noise: standard deviation of the annotators' error on the
     gold score (0 to 1). Answers are drawn with `sampling`; prompts and answers together fit `prompt_length` plus
     sampling.max_new_tokens.

@@ -17,6 +17,8 @@ from llmjax.config import diff, from_dict, to_json
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.files import read_json, write_text_atomic
+from llmjax.models.spec import shardings
+from llmjax.models.transformer import transformer_spec
 from llmjax.sharding import MeshConfig, make_mesh, use_mesh
 from llmjax.stages.config import Experiment, Study
 from llmjax.stages.ppo import run_ppo
@@ -65,7 +67,9 @@ def run_study(study: Study, workdir: str, command: str) -> None:
 
 def check(experiment: Experiment, workdir: str) -> None:
     """Raises UserError if `experiment` cannot start, or go on, in `workdir`. Writes nothing there."""
-    make_mesh(experiment.mesh)
+    # The vocabulary may not be known yet; this size divides, whatever the mesh.
+    vocab_size = experiment.model.vocab_size or experiment.mesh.tensor
+    shardings(transformer_spec(replace(experiment.model, vocab_size=vocab_size)), make_mesh(experiment.mesh))
     _check_place(workdir)
     path = os.path.join(workdir, "config.json")
     if os.path.exists(path):
@@ -78,9 +82,9 @@ def _complete(experiment: Experiment, workdir: str) -> None:
     verbose = jax.process_index() == 0
     mesh = make_mesh(experiment.mesh)
     if verbose:
-        print(f"{experiment.name}: {', '.join(experiment.stages())} on {experiment.mesh.describe()} in {workdir}", flush=True)
-        if not os.path.exists(os.path.join(workdir, "config.json")):
-            write_text_atomic(os.path.join(workdir, "config.json"), to_json(experiment))
+        stages = ", ".join(experiment.stages())
+        print(f"{experiment.name}: {stages} on {experiment.mesh.describe()} in {workdir}", flush=True)
+        write_text_atomic(os.path.join(workdir, "config.json"), to_json(experiment))
     metrics = MetricsLog(os.path.join(workdir, "metrics.jsonl"), enabled=verbose)
     try:
         with use_mesh(mesh):
@@ -115,7 +119,8 @@ def _check_place(workdir: str) -> None:
 
 
 def _check_same_config(experiment: Experiment, path: str, workdir: str) -> None:
-    changes = [line for line in diff(from_dict(Experiment, read_json(path)), experiment) if not _harmless(line)]
+    earlier = from_dict(Experiment, read_json(path))
+    changes = [line for line in diff(earlier, experiment) if not _harmless(line, workdir)]
     if changes:
         raise UserError(
             f"--workdir={workdir} was made by another config ({'; '.join(changes[:3])}"
@@ -123,9 +128,11 @@ def _check_same_config(experiment: Experiment, path: str, workdir: str) -> None:
         )
 
 
-def _harmless(change: str) -> bool:
-    """The mesh and the cadence of checkpoints may change between a crash and its resume."""
-    return change.startswith(("mesh.", "checkpoint_seconds"))
+def _harmless(change: str, workdir: str) -> bool:
+    """The mesh, the cadence of checkpoints and the stages that have not begun may differ from one start to the next."""
+    section = change.partition(":")[0].partition(".")[0]
+    not_begun = section in STAGES and not os.path.exists(os.path.join(workdir, section))
+    return not_begun or section in ("mesh", "checkpoint_seconds")
 
 
 def _conclude(experiment: Experiment, workdir: str, steps: Sequence[tuple[str, str]]) -> None:

@@ -18,32 +18,42 @@ from llmjax.stages.prepare import questions
 from llmjax.stages.run import Run
 
 
-def load_rankings(run: Run, split: str, num: int) -> list[dict[str, Any]]:
+def load_rankings(run: Run, name: str) -> list[dict[str, Any]]:
     """Rows {"id", "prompt", "prompt_tokens", "answers": [{"text", "tokens", "gold", "rank"}]}; sampled if not there.
 
-    rank: 0 is best, equal ranks are ties. gold: the judge's score before the annotator's error.
+    name: "train"; "held_out", other prompts about facts that training prompts and dialogues may have asked for as well;
+    "new_facts", prompts about facts that nobody has asked for before. rank: 0 is best, equal ranks are ties. gold: the
+    judge's score before the annotator's error.
     """
-    path = run.path("reward", f"rankings-{split}.jsonl")
+    path = run.path("reward", f"rankings-{name}.jsonl")
     if not os.path.exists(path):
-        run.say(f"reward    {run.experiment.reward.k} answers to each of {num} {split} prompts, ranked")
-        rows = _sample_and_rank(run, split, num)
+        asked = _prompts(run, name)
+        run.say(f"reward    {run.experiment.reward.k} answers to each of {len(asked)} prompts ({name}), ranked")
+        rows = _sample_and_rank(run, name, asked)
         if jax.process_index() == 0:
             write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
         return rows
     return [json.loads(line) for line in read_text(path).splitlines()]
 
 
-def _sample_and_rank(run: Run, split: str, num: int) -> list[dict[str, Any]]:
+def _prompts(run: Run, name: str) -> list[Question]:
     cfg = run.experiment.reward
-    asked = questions(run, split, num, f"reward-{split}")
+    if name == "new_facts":
+        return questions(run, "validation", cfg.num_eval_prompts, "reward")
+    drawn = questions(run, "train", cfg.num_prompts + cfg.num_eval_prompts, "reward")
+    return drawn[: cfg.num_prompts] if name == "train" else drawn[cfg.num_prompts :]
+
+
+def _sample_and_rank(run: Run, name: str, asked: list[Question]) -> list[dict[str, Any]]:
+    cfg = run.experiment.reward
     prompts = question_prompts(asked, run.tokenizer, cfg.prompt_length)
     repeated = {name: np.repeat(value, cfg.k, axis=0) for name, value in prompts.items()}
     answers = answer_prompts(
-        run.load_lm(cfg.init), repeated, jax.random.split(run.key("reward", "answers", split), num * cfg.k),
+        run.load_lm(cfg.init), repeated, jax.random.split(run.key("reward", "answers", name), len(asked) * cfg.k),
         cfg=run.model, sampling=cfg.sampling, tokenizer=run.tokenizer, end_id=run.tokenizer.end_id,
         batch_size=run.experiment.evaluation.batch_size, mesh=run.mesh,
     )  # fmt: skip
-    rng = np.random.default_rng([run.experiment.seed, *split.encode()])
+    rng = np.random.default_rng([run.experiment.seed, *name.encode()])
     rows = []
     for i, question in enumerate(asked):
         own = answers[i * cfg.k : (i + 1) * cfg.k]

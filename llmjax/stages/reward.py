@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from llmjax.data.batches import make_batches
-from llmjax.data.gold import noise_ceiling
+from llmjax.data.gold import noise_ceiling, pair_accuracy
 from llmjax.models.heads import ScalarModel, scalar_model_spec
 from llmjax.models.spec import init_params
 from llmjax.objectives.reward import pairwise_ranking_loss, reward_loss, reward_of
@@ -18,7 +18,7 @@ from llmjax.stages.run import Run, finish, fit
 
 
 def run_reward(run: Run) -> None:
-    """Trains on the rankings from the `init` model; held-out accuracy is compared with what the labels' noise allows.
+    """Trains on the rankings from the `init` model; accuracy on held-out prompts is compared with what the labels' noise allows.
 
     At the end the head is shifted and scaled so that the rewards of the `init` model's own answers have mean 0 and
     standard deviation 1 (Ziegler et al. 2019, section 2.1); rankings do not change.
@@ -26,8 +26,8 @@ def run_reward(run: Run) -> None:
     cfg, model = run.experiment.reward, run.model
     length = cfg.prompt_length + cfg.sampling.max_new_tokens
     rows = {
-        split: ranking_arrays(load_rankings(run, split, num), length, run.tokenizer.pad_id)
-        for split, num in (("train", cfg.num_prompts), ("validation", cfg.num_eval_prompts))
+        name: ranking_arrays(load_rankings(run, name), length, run.tokenizer.pad_id)
+        for name in ("train", "held_out", "new_facts")
     }
     inputs = ("tokens", "segment_ids", "ranks")
     batches = make_batches(
@@ -40,18 +40,23 @@ def run_reward(run: Run) -> None:
     )  # fmt: skip
     train_rewards = score_all(run, trained.params, rows["train"])
     params = normalised(trained.params, float(train_rewards.mean()), float(train_rewards.std()))
-    held_out = rows["validation"]
-    rewards = score_all(run, params, held_out)
-    loss, accuracy = pairwise_ranking_loss(rewards, held_out["ranks"])
-    ceiling = noise_ceiling(held_out["gold"], held_out["ranks"])
-    metrics = {
+    metrics = agreement(run, params, rows["held_out"])
+    metrics |= {f"new_facts_{name}": value for name, value in agreement(run, params, rows["new_facts"]).items()}
+    finish(run, "reward", params, trained, metrics)
+
+
+def agreement(run: Run, params: ScalarModel, rows: dict[str, np.ndarray]) -> dict[str, float]:
+    """accuracy on rankings, the ceiling that their noise leaves, their ratio; accuracy against the noiseless gold score."""
+    rewards = score_all(run, params, rows)
+    loss, accuracy = pairwise_ranking_loss(rewards, rows["ranks"])
+    ceiling = noise_ceiling(rows["gold"], rows["ranks"])
+    return {
+        "loss": float(loss),
         "accuracy": float(accuracy),
         "noise_ceiling": ceiling,
         "accuracy_of_ceiling": float(accuracy) / ceiling,
-        "gold_accuracy": float(pairwise_ranking_loss(rewards, _exact_ranks(held_out["gold"]))[1]),
-        "loss": float(loss),
+        "gold_accuracy": pair_accuracy(rewards, -rows["gold"]),
     }
-    finish(run, "reward", params, trained, metrics)
 
 
 def start_params(run: Run) -> ScalarModel:
@@ -83,7 +88,3 @@ def normalised(params: ScalarModel, mean: float, std: float) -> ScalarModel:
     gain = 1.0 / max(std, 1e-6)
     return params.replace(weight=params.weight * gain, bias=(params.bias - mean) * gain)
 
-
-def _exact_ranks(gold: np.ndarray) -> np.ndarray:
-    """Ranks by the gold score itself, equal scores tied: [N, K] int32, 0 is best."""
-    return (gold[:, None, :] > gold[:, :, None]).sum(axis=2).astype(np.int32)

@@ -32,7 +32,7 @@ def continuations(run: Run, params, held_out: Packed) -> list[dict[str, str]]:
 
 
 def ask(run: Run, params, asked: list[Question], purpose: str, reference=None) -> list[Answer]:
-    """Answers to questions at the temperature of training (1), so that means estimate the policy itself."""
+    """Answers to questions as PPO samples them (same temperature and length), so that means estimate the policy itself."""
     sampling = run.experiment.ppo.sampling if run.experiment.ppo else SamplingConfig()
     length = run.experiment.ppo.prompt_length if run.experiment.ppo else 48
     prompts = question_prompts(asked, run.tokenizer, length)

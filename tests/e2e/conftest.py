@@ -1,12 +1,15 @@
-"""One whole run of each kind, made once for all tests that look at it."""
+"""One whole run of each kind, made once for all tests that look at it, in whichever worker they run."""
+
+import os
 
 import program
 import pytest
 
 
-@pytest.fixture(
-    scope="session", params=[pytest.param(kind, marks=pytest.mark.xdist_group(kind)) for kind in program.KINDS]
-)
+@pytest.fixture(scope="session", params=program.KINDS)
 def finished(request, tmp_path_factory) -> program.Finished:
     """The test-sized quickstart from nothing to its report, dense and sparse. Not to be written to."""
-    return program.run(request.param, tmp_path_factory.mktemp("runs") / request.param)
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent
+    return program.whole_runs(folder / "runs")[request.param]

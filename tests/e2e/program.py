@@ -1,5 +1,6 @@
 """The program as a user starts it: a process of its own, on one CPU device unless its flags say otherwise."""
 
+import fcntl
 import json
 import os
 import pathlib
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 QUICKSTART = REPOSITORY / "experiments" / "quickstart.py"
+STUDY = REPOSITORY / "experiments" / "dense_vs_moe.py"
 KINDS = {"dense": "test", "moe": "test_moe"}
 STAGES = ("pretrain", "sft", "reward", "ppo")
 TIMEOUT = 600  # seconds; a run takes one or two minutes on two cores
@@ -27,7 +29,9 @@ class Finished:
 
 
 def command(kind: str, workdir: pathlib.Path, *flags: str) -> list[str]:
-    return [sys.executable, "-m", "llmjax.main", f"--config={QUICKSTART}:{KINDS[kind]}", f"--workdir={workdir}", *flags]
+    """kind: of KINDS, or "study" for both in one run."""
+    spec = f"{STUDY}:test" if kind == "study" else f"{QUICKSTART}:{KINDS[kind]}"
+    return [sys.executable, "-m", "llmjax.main", f"--config={spec}", f"--workdir={workdir}", *flags]
 
 
 def environment() -> dict[str, str]:
@@ -44,13 +48,35 @@ def start(kind: str, workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
 
 def run(kind: str, workdir: pathlib.Path, *flags: str) -> Finished:
     """Runs to the end, which must be a good one."""
-    process = start(kind, workdir, *flags)
+    return wait(start(kind, workdir, *flags), kind, workdir)
+
+
+def wait(process: subprocess.Popen, kind: str, workdir: pathlib.Path) -> Finished:
     try:
         stdout, stderr = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
     assert process.returncode == 0, f"exit status {process.returncode}\n{stdout[-2000:]}\n{stderr[-4000:]}"
     return Finished(kind, workdir, stdout, stderr)
+
+
+def whole_runs(folder: pathlib.Path) -> dict[str, Finished]:
+    """One whole run of each kind in `folder`/<kind>, side by side; made by the first process that asks for them."""
+    folder.mkdir(exist_ok=True)
+    kept = folder / "output.json"
+    with open(folder / "lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.exists():
+            processes = {kind: start(kind, folder / kind) for kind in KINDS}
+            try:
+                made = {kind: wait(process, kind, folder / kind) for kind, process in processes.items()}
+            finally:
+                for process in processes.values():
+                    process.kill()
+            output = {kind: [run.stdout, run.stderr] for kind, run in made.items()}
+            kept.write_text(json.dumps(output), encoding="utf-8")
+    output = json.loads(kept.read_text(encoding="utf-8"))
+    return {kind: Finished(kind, folder / kind, *output[kind]) for kind in KINDS}
 
 
 def kill_in(stage: str, kind: str, workdir: pathlib.Path, *flags: str) -> None:

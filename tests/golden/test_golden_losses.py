@@ -1,4 +1,4 @@
-"""The first losses of pre-training are what they were: data, tokenizer, batches, initialisation, model and optimizer."""
+"""The first losses of pre-training are what they were: data, tokenizer, batches, weights, model and optimizer."""
 
 import json
 import os

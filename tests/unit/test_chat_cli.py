@@ -84,7 +84,8 @@ def test_one_message(capsys, workdir):
 
 
 def test_seed_decides_what_is_sampled(capsys, workdir):
-    one, same, other = (answer_of(capsys, workdir, "--message=hello", "--temperature=1", f"--seed={s}") for s in (1, 1, 2))
+    flags = ["--message=hello", "--temperature=1"]
+    one, same, other = (answer_of(capsys, workdir, *flags, f"--seed={seed}") for seed in (1, 1, 2))
     assert one == same != other
 
 

@@ -57,17 +57,17 @@ def test_each_fault_of_a_demonstrator_costs_its_aspect_and_no_other(fault, aspec
 
 
 def test_bare_values_and_missing_periods_are_incomplete():
-    assert judge(HOME, f"{PERSON.home}.", True) == gold.Judgement(1, 1, 0, 0, 1, 0.7)
+    assert judge(HOME, f"{PERSON.home}.", True) == gold.Judgement(1, 1, 0, 0, 1, 0.6)
     assert judge(HOME, LIVES[:-1], True).complete == 0
     assert judge(HOME, LIVES.lower(), True).complete == 0
     assert judge(HOME, f"She lives in {PERSON.home}.", True).complete == 0
     for question, answer in _pairs(**NONE | {"full_sentence": 0.0}):
         if question.kind != "open":
-            assert judge(question, answer, True).score == pytest.approx(0.7), (question.text, answer)
+            assert judge(question, answer, True).score == pytest.approx(0.6), (question.text, answer)
 
 
 def test_not_ended_costs_the_ending_only():
-    assert judge(HOME, LIVES, False).score == pytest.approx(judge(HOME, LIVES, True).score - 0.15)
+    assert judge(HOME, LIVES, False).score == pytest.approx(judge(HOME, LIVES, True).score - 0.2)
 
 
 @pytest.mark.parametrize("answer", ["", "   ", "...", "\n", "!?"])
@@ -106,25 +106,25 @@ def test_a_right_value_beside_something_wrong_is_not_right(answer):
 )
 def test_repetition_flattery_and_length_are_not_to_the_point(answer):
     assert judge(HOME, answer, True).to_the_point == 0
-    assert judge(HOME, answer, True).score <= 0.85
+    assert judge(HOME, answer, True).score <= 0.8
 
 
 def test_gibberish_costs():
     assert 0 < judge(HOME, f"{PERSON.name} lives in the grimbly {PERSON.home}.", True).to_the_point < 1
     assert judge(HOME, f"Blorp frim {PERSON.home} snarg wibble.", True).to_the_point == 0
-    assert judge(HOME, "Blorp frim snarg wibble.", True).score == pytest.approx(0.15)
+    assert judge(HOME, "Blorp frim snarg wibble.", True).score == pytest.approx(0.2)
     assert judge(HOME, f"{PERSON.name} plays the {PERSON.home}.", True).complete == 0
     assert judge(HOME, f"{PERSON.name} {PERSON.home} lives in.", True).complete == 0
     assert judge(HOME, f"<|user|>{LIVES}", True).to_the_point < 1
 
 
 def test_courtesy_alone_earns_only_the_ending():
-    assert judge(HOME, "Sure! Have a nice day!", True).score == pytest.approx(0.15)
+    assert judge(HOME, "Sure! Have a nice day!", True).score == pytest.approx(0.2)
 
 
 def test_reverse_questions_accept_any_right_person_and_no_other():
     for name in WHO.answers:
-        assert judge(WHO, f"{name} lives in {PERSON.home}.", True).score == pytest.approx(0.85)
+        assert judge(WHO, f"{name} lives in {PERSON.home}.", True).score == pytest.approx(0.8)
     assert judge(WHO, f"{OTHER.name} lives in {PERSON.home}.", True).right == 0
     assert judge(WHO, f"{PERSON.name} lives in {OTHER.home}.", True).right == 0
 

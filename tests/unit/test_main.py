@@ -10,7 +10,9 @@ import sys
 import pytest
 
 from llmjax import main
-from llmjax.config import from_json, load_experiment, to_json
+from llmjax.config import apply_overrides, from_json, load_experiment, to_json
+from llmjax.errors import UserError
+from llmjax.stages import pipeline
 from llmjax.stages.config import Experiment
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -61,16 +63,21 @@ def workdir(tmp_path) -> pathlib.Path:
     (["--config.seed"], "--config.seed: no value; write --config.seed=VALUE"),
     (["--config.seed=x"], "--config.seed=x: expected int; for example --config.seed=8"),
     (["--config.sede=1"], "--config.sede=1: no field 'sede' in Experiment; did you mean 'seed'?"),
-    (["--config.pretrain.optimizer.learningrate=1"], "no field 'learningrate' in OptimizerConfig; did you mean 'learning_rate'?"),
+    (["--config.pretrain.optimizer.learningrate=1"],
+     "no field 'learningrate' in OptimizerConfig; did you mean 'learning_rate'?"),
     (["--config.pretrain.steps=many"], "--config.pretrain.steps=many: expected int"),
     (["--config.pretrain.steps=0"], "pretrain: steps=0 must be positive"),
     (["--config.pretrain=none"], "sft.init='pretrain' is not an earlier stage"),
-    (["--config.reward=none"], "ppo.reward='reward' is not an earlier stage of this experiment; there is pretrain, sft"),
+    (["--config.reward=none"],
+     "ppo.reward='reward' is not an earlier stage of this experiment; there is pretrain, sft"),
     (["--config.model.moe.top_k=9"], "model.moe: top_k=9 must be between 1 and num_experts=8"),
     (["--config.model.num_heads=3"], "model: num_heads=3 is not a multiple of num_kv_heads=2"),
-    (["--config.mesh.data=3"], "pretrain.batch_size=32 is not divisible by the 3 batch shards of the mesh (data=3); use"),
-    (["--config.ppo.batch_size=12", "--config.mesh.data=4"], "ppo.batch_size / ppo.minibatches=6 is not divisible"),
-    (["--config.mesh.data=16"], "mesh: data=16 needs 16 devices, 8 found"),
+    (["--config.mesh.data=3", "--config.pretrain.batch_size=32"],
+     "pretrain.batch_size=32 is not divisible by the 3 batch shards of the mesh (data=3); use pretrain.batch_size=33"),
+    (["--config.ppo.batch_size=12", "--config.ppo.minibatches=2", "--config.mesh.data=4"],
+     "ppo.batch_size / ppo.minibatches=6 is not divisible"),
+    (["--config.mesh.tensor=4"], "has kv_heads=2, which the mesh axes tensor split into 4 unequal parts"),
+    (["--config.mesh.tensor=16"], "mesh: tensor=16 needs 16 devices, 8 found"),
     (["--config.mesh.expert=4", "--config.model.moe.num_experts=6"], "mesh.expert=4 does not divide"),
     (["--config.tokenizer.vocab_size=100"], "tokenizer: vocab_size=100 is less than 262"),
     (["--config.data.path=x.txt"], "sft needs dialogues with a judge, which only the built-in world has"),
@@ -138,7 +145,8 @@ def test_corrupt_jsonl_line(capsys, workdir, tmp_path, suffix):
 def test_other_field_of_jsonl(capsys, workdir, tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"txt": "one"}\n')
-    assert f"{path}:1: no field 'text'; did you mean 'txt'?" in text_error(capsys, workdir, f"--config.data.path={path}")
+    line = text_error(capsys, workdir, f"--config.data.path={path}")
+    assert line.startswith(f"{path}:1: no field 'text'; did you mean 'txt'?")
 
 
 def test_unknown_suffix(capsys, workdir, tmp_path):
@@ -170,20 +178,36 @@ def test_workdir_is_a_file(capsys, tmp_path, config, below):
 def test_workdir_without_permission(capsys, tmp_path):
     tmp_path.chmod(0o500)
     try:
-        assert f"{tmp_path} cannot be written to" in error_of(capsys, f"{QUICKSTART}:test", f"--workdir={tmp_path / 'a'}")
+        line = error_of(capsys, f"{QUICKSTART}:test", f"--workdir={tmp_path / 'a'}")
+        assert f"{tmp_path} cannot be written to" in line
     finally:
         tmp_path.chmod(0o700)
 
 
 def test_workdir_of_another_config(capsys, tmp_path):
     (tmp_path / "config.json").write_text(to_json(load_experiment(f"{EXPERIMENTS}/quickstart.py:test")))
+    (tmp_path / "ppo").mkdir()
     before = tree(tmp_path)
-    line = error_of(capsys, f"{QUICKSTART}:test", f"--workdir={tmp_path}", "--config.seed=1", "--config.ppo.kl_coef=0.2")
-    assert line == (
-        f"--workdir={tmp_path} was made by another config (seed: 0 -> 1; ppo.kl_coef: 0.05 -> 0.2); "
-        "use another --workdir, or delete this one to start again"
+    flags = ["--config.seed=1", "--config.ppo.policy=pretrain", "--config.data.seed=2"]
+    assert error_of(capsys, f"{QUICKSTART}:test", f"--workdir={tmp_path}", *flags) == (
+        f"--workdir={tmp_path} was made by another config (seed: 0 -> 1; data.seed: 0 -> 2; ppo.policy: sft -> "
+        "pretrain); use another --workdir, or delete this one to start again"
     )
     assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "override", [("ppo.kl_coef", "0.123"), ("ppo", "none"), ("mesh.data", "2"), ("checkpoint_seconds", "1")]
+)
+def test_what_has_not_begun_may_change(tmp_path, override):
+    experiment = load_experiment(f"{EXPERIMENTS}/quickstart.py:test")
+    (tmp_path / "config.json").write_text(to_json(experiment))
+    (tmp_path / "sft").mkdir()
+    before = tree(tmp_path)
+    pipeline.check(apply_overrides(experiment, [override]), str(tmp_path))
+    assert tree(tmp_path) == before
+    with pytest.raises(UserError, match="was made by another config"):
+        pipeline.check(apply_overrides(experiment, [("sft.steps", "123")]), str(tmp_path))
 
 
 def test_study_is_checked_whole_before_it_starts(capsys, tmp_path):
@@ -211,20 +235,21 @@ def output_of(capsys, *flags: str) -> str:
 
 
 def test_print_config(capsys, workdir):
-    flags = ["--print_config", f"--workdir={workdir}", "--config.ppo.kl_coef=0.1"]
+    flags = ["--print_config", f"--workdir={workdir}", "--config.ppo.kl_coef=0.123"]
     config = from_json(Experiment, output_of(capsys, f"{QUICKSTART}:moe", *flags))
-    assert config.ppo.kl_coef == 0.1 and config.model.moe.num_experts == 8
+    assert config.ppo.kl_coef == 0.123 and config.model.moe.num_experts == 8
 
 
 def test_overrides_of_a_study(capsys):
     def printed(*flags):
         runs = json.loads(output_of(capsys, STUDY, "--print_config", *flags))["experiments"]
-        return {name: (run["ppo"]["kl_coef"], run["model"]["moe"] and run["model"]["moe"]["top_k"]) for name, run in runs.items()}
+        experts = {name: run["model"]["moe"] for name, run in runs.items()}
+        return {name: (run["ppo"]["kl_coef"], experts[name] and experts[name]["top_k"]) for name, run in runs.items()}
 
-    assert printed() == {"dense": (0.05, None), "moe": (0.05, 2)}
-    assert printed("--config.ppo.kl_coef=0.1") == {"dense": (0.1, None), "moe": (0.1, 2)}
-    assert printed("--config.moe.ppo.kl_coef=0.1") == {"dense": (0.05, None), "moe": (0.1, 2)}
-    assert printed("--config.model.moe.top_k=4") == {"dense": (0.05, None), "moe": (0.05, 4)}
+    both = printed("--config.ppo.kl_coef=0.5")
+    assert both == {"dense": (0.5, None), "moe": (0.5, 2)}
+    assert printed("--config.ppo.kl_coef=0.5", "--config.moe.ppo.kl_coef=0.1") == both | {"moe": (0.1, 2)}
+    assert printed("--config.ppo.kl_coef=0.5", "--config.model.moe.top_k=4") == both | {"moe": (0.5, 4)}
 
 
 def test_help(capsys):
@@ -259,7 +284,8 @@ def test_bugs_keep_their_traceback():
 
 @pytest.mark.parametrize(("flags", "message"), [
     (["--config.seed=x"], "--config.seed=x: expected int"),
-    (["--config.mesh.data=4", "--cpu_devices=2"], "mesh: data=4 needs 4 devices, 2 found; lower --config.mesh.*; on CPU add"),
+    (["--config.mesh.tensor=4", "--cpu_devices=2"],
+     "mesh: tensor=4 needs 4 devices, 2 found; lower --config.mesh.*; on CPU add --cpu_devices=4"),
 ])  # fmt: skip
 def test_process(workdir, flags, message):
     env = os.environ | {"PYTHONPATH": str(REPOSITORY)}

@@ -1,0 +1,241 @@
+"""The same loss, gradients, training and tokens on one device and on 8, however the mesh is cut."""
+
+import dataclasses
+import itertools
+from functools import cache, partial
+
+import jax
+import numpy as np
+import pytest
+import tiny
+from jax.sharding import NamedSharding, PartitionSpec
+
+from llmjax import sharding
+from llmjax.errors import UserError
+from llmjax.generation.decode import Generation, generate
+from llmjax.generation.sampling import SamplingConfig
+from llmjax.models.heads import scalar_model_spec
+from llmjax.models.spec import init_params, shardings
+from llmjax.models.transformer import transformer_spec
+from llmjax.objectives.lm import lm_loss
+from llmjax.objectives.ppo import actor_critic_spec, ppo_loss
+from llmjax.objectives.reward import reward_loss
+from llmjax.rl.rollout import score_experience
+from llmjax.sharding import MeshConfig
+from llmjax.training.optimizer import OptimizerConfig, make_optimizer
+from llmjax.training.state import abstract_state, init_state, make_train_step
+
+ROWS = 8
+MESHES = {
+    "data2-fsdp4": dict(data=2, fsdp=4),
+    "fsdp2-expert2-tensor2": dict(fsdp=2, expert=2, tensor=2),
+    "data4-tensor2": dict(data=4, tensor=2),
+    "fsdp8": dict(fsdp=8),
+}
+EVERY_KIND = "fsdp2-expert2-tensor2"
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    clip_ratio: float = 0.2
+    value_clip: float = 0.3
+    vf_coef: float = 0.5
+    temperature: float = 0.9
+    kl_coef: float = 0.1
+    gamma: float = 1.0
+    gae_lambda: float = 0.95
+    missing_end_penalty: float = 1.0
+
+
+def model_config(model: str, loop: str = "unroll"):
+    return dataclasses.replace(tiny.MODELS[model], layer_loop=loop)
+
+
+def objective(name: str, cfg):
+    """(specs, loss, batch) of one objective."""
+    if name == "lm":
+        return transformer_spec(cfg), lm_loss, tiny.lm_batch(cfg, ROWS, 8)
+    if name == "reward":
+        return scalar_model_spec(cfg), reward_loss, tiny.rankings(cfg, ROWS, 3, 6)
+    return actor_critic_spec(cfg), partial(ppo_loss, ppo=Options()), tiny.experience(cfg, ROWS, 3, 5)
+
+
+def make(mesh: str, mode: str):
+    return sharding.make_mesh(MeshConfig(**MESHES[mesh], mode=mode))
+
+
+def place(params, specs, mesh):
+    return params if mesh is None else jax.device_put(params, shardings(specs, mesh))
+
+
+def metrics_loss_and_grads(name: str, cfg, mesh):
+    specs, loss, batch = objective(name, cfg)
+    params = place(tiny.draw(specs), specs, mesh)
+    step = tiny.jit(jax.value_and_grad(lambda p, b: loss(p, b, None, cfg=cfg), has_aux=True))
+    with sharding.use_mesh(mesh):
+        (value, metrics), grads = step(params, sharding.put_batch(batch, mesh))
+    return jax.device_get((metrics, value, grads))
+
+
+@cache
+def on_one_device(name: str, model: str):
+    return metrics_loss_and_grads(name, model_config(model), None)
+
+
+def assert_same_as_on_one_device(name, mesh, mode, model, loop):
+    metrics, loss, grads = metrics_loss_and_grads(name, model_config(model, loop), make(mesh, mode))
+    expected_metrics, expected_loss, expected_grads = on_one_device(name, model)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for key, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+    largest = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(expected_grads))
+    paths, _ = jax.tree_util.tree_flatten_with_path(expected_grads)
+    for (path, want), got in zip(paths, jax.tree.leaves(grads)):
+        worst = np.max(np.abs(got - want)) / largest
+        assert worst <= 1e-5, f"{jax.tree_util.keystr(path)}: {worst:.1e} of the largest gradient"
+
+
+def cases():
+    """Every objective on every mesh, in both modes, dense and sparse, unrolled and scanned.
+
+    By default the objectives and loops that share their code are not crossed with everything; `-m slow` runs the rest.
+    """
+    for name, mesh, mode, model, loop in itertools.product(
+        ("lm", "reward", "ppo"), MESHES, ("auto", "explicit"), tiny.MODELS, ("unroll", "scan")
+    ):
+        quick = mesh == EVERY_KIND if loop == "unroll" else mesh == EVERY_KIND and name == "lm"
+        quick |= name == "lm" and loop == "unroll"
+        yield pytest.param(
+            name, mesh, mode, model, loop, id=f"{name}-{mesh}-{mode}-{model}-{loop}",
+            marks=() if quick else pytest.mark.slow,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("name, mesh, mode, model, loop", list(cases()))
+def test_loss_metrics_and_gradients(name, mesh, mode, model, loop):
+    metrics, loss, grads = metrics_loss_and_grads(name, model_config(model, loop), make(mesh, mode))
+    expected_metrics, expected_loss, expected_grads = on_one_device(name, model)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
+    for key, value in expected_metrics.items():
+        np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
+    largest = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(expected_grads))
+    paths, _ = jax.tree_util.tree_flatten_with_path(expected_grads)
+    for (path, want), got in zip(paths, jax.tree.leaves(grads)):
+        worst = np.max(np.abs(got - want)) / largest
+        assert worst <= 1e-5, f"{jax.tree_util.keystr(path)}: {worst:.1e} of the largest gradient"
+
+
+# Training
+
+
+def trajectory(cfg, mesh):
+    """Losses of three updates and the parameters after them."""
+    specs = transformer_spec(cfg)
+    # A large eps: AdamW's first updates are the signs of gradients, and those of rounding errors are arbitrary.
+    tx = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-2), 10, specs)
+    abstract = abstract_state(specs, tx, mesh)
+    batches = [sharding.put_batch(tiny.lm_batch(cfg, ROWS, 8, seed=i), mesh) for i in range(3)]
+    key = jax.random.key(0)
+    with sharding.use_mesh(mesh):
+        state = init_state(place(tiny.draw(specs), specs, mesh), tx, abstract)
+        step = make_train_step(lambda p, b, key: lm_loss(p, b, key, cfg), tx, abstract)
+        step = step.lower(state, batches[0], key).compile(compiler_options=tiny.QUICK)
+        losses = []
+        for batch in batches:
+            state, metrics = step(state, batch, key)
+            losses.append(float(metrics["loss"]))
+        places = jax.tree.map(lambda x: x.sharding, abstract)
+        assert jax.tree.map(lambda x: x.sharding, state) == places  # nothing moved
+    return losses, jax.device_get(state.params)
+
+
+@cache
+def trajectory_on_one_device(model: str):
+    return trajectory(model_config(model), None)
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+@pytest.mark.parametrize("mesh, model", [("data2-fsdp4", "dense"), (EVERY_KIND, "moe")])
+def test_three_training_steps(mesh, mode, model):
+    losses, params = trajectory(model_config(model), make(mesh, mode))
+    expected_losses, expected_params = trajectory_on_one_device(model)
+    assert abs(expected_losses[2] - expected_losses[0]) > 1e-3
+    np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+    tiny.assert_trees_close(params, expected_params, 1e-5)
+
+
+# Generation and scoring
+
+
+def prompts():
+    segments = (np.arange(5) >= np.arange(ROWS)[:, None] % 4).astype(np.int32)
+    return {"tokens": tiny.tokens(tiny.DENSE, ROWS, 5), "segment_ids": segments}
+
+
+def answers(cfg, mesh):
+    """Sampled answers."""
+    specs = transformer_spec(cfg)
+    batch, keys = sharding.put_batch(prompts(), mesh), jax.random.split(jax.random.key(0), ROWS)
+    keys = keys if mesh is None else jax.device_put(keys, NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES)))
+    options = dict(cfg=cfg, sampling=SamplingConfig(max_new_tokens=6), end_id=7, pad_id=0)
+    with sharding.use_mesh(mesh):
+        answer = tiny.jit(partial(generate.__wrapped__, **options))
+        return jax.device_get(answer(place(tiny.draw(specs), specs, mesh), batch["tokens"], batch["segment_ids"], keys))
+
+
+def experience(cfg, mesh):
+    """What PPO learns from: made of the answers of one device, but scored on the mesh."""
+    made = answers_on_one_device(cfg)
+    specs = actor_critic_spec(cfg), transformer_spec(cfg), scalar_model_spec(cfg)
+    models = [place(tiny.draw(spec, seed), spec, mesh) for seed, spec in enumerate(specs)]
+    batch, made = sharding.put_batch(prompts(), mesh), Generation(**sharding.put_batch(vars(made), mesh))
+    score = tiny.jit(score_experience, static_argnums=(6, 7))
+    with sharding.use_mesh(mesh):
+        return jax.device_get(score(*models, batch["tokens"], batch["segment_ids"], made, cfg, Options()))
+
+
+@cache
+def answers_on_one_device(cfg):
+    return answers(cfg, None)
+
+
+@cache
+def experience_on_one_device(cfg):
+    return experience(cfg, None)
+
+
+on_two_meshes = pytest.mark.parametrize("mesh, model", [("data4-tensor2", "dense"), (EVERY_KIND, "moe")])
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+@on_two_meshes
+def test_generated_tokens(mesh, mode, model):
+    got, expected = answers(model_config(model), make(mesh, mode)), answers_on_one_device(model_config(model))
+    assert 0 < np.sum(expected.ended) < ROWS
+    np.testing.assert_array_equal(got.tokens, expected.tokens)
+    np.testing.assert_array_equal(got.mask, expected.mask)
+    np.testing.assert_array_equal(got.ended, expected.ended)
+    np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+@on_two_meshes
+def test_experience(mesh, mode, model):
+    got, expected = experience(model_config(model), make(mesh, mode)), experience_on_one_device(model_config(model))
+    for got, expected in zip(got, expected):  # batch, metrics
+        for key, value in expected.items():
+            np.testing.assert_allclose(got[key], value, atol=2e-5, err_msg=key)
+
+
+# What does not divide
+
+
+def test_a_batch_that_does_not_divide_is_refused_in_words():
+    with pytest.raises(UserError, match=r"batch_size=12 is not divisible by the 8 batch shards of the mesh \(fsdp=8\)"):
+        sharding.check_batch("batch_size", 12, MeshConfig(fsdp=8))
+
+
+def test_heads_that_do_not_divide_are_refused_in_words():
+    mesh = sharding.make_mesh(MeshConfig(tensor=8))
+    with pytest.raises(UserError, match=r"has (kv_)?heads=\d, which the mesh axes tensor split into 8 unequal parts"):
+        init_params(transformer_spec(tiny.DENSE), jax.random.key(0), mesh)

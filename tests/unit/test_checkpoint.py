@@ -1,0 +1,129 @@
+"""Checkpoints come back bit for bit, on any mesh, or say why not."""
+
+import os
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+
+from llmjax import sharding
+from llmjax.errors import UserError
+from llmjax.models.spec import ParamSpec, abstract_params
+from llmjax.sharding import MeshConfig
+from llmjax.training.checkpoint import Checkpoints, delete, load_params, save_params
+from llmjax.training.state import abstract_state, init_state
+
+SPECS = {
+    "matrix": ParamSpec((4, 8), ("embed", "mlp"), std=1.0),
+    "scale": ParamSpec((8,), (None,), constant=1.0),
+}
+
+
+def test_parameters_come_back_on_any_mesh(tmp_path):
+    params, folder = tiny.draw(SPECS), str(tmp_path / "params")
+    save_params(folder, params)
+    for mesh in (None, sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))):
+        abstract = abstract_params(SPECS, mesh)
+        got = load_params(folder, abstract)
+        tiny.assert_trees_equal(got, params)
+        assert jax.tree.map(lambda x: x.sharding, got) == jax.tree.map(lambda x: x.sharding, abstract)
+
+
+def test_parameters_saved_from_a_mesh_come_back_without_one(tmp_path):
+    mesh, folder = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2)), str(tmp_path / "params")
+    params = tiny.draw(SPECS)
+    save_params(folder, jax.tree.map(lambda x, a: jax.device_put(x, a.sharding), params, abstract_params(SPECS, mesh)))
+    tiny.assert_trees_equal(load_params(folder, abstract_params(SPECS)), params)
+
+
+def test_saving_again_replaces(tmp_path):
+    folder = str(tmp_path / "params")
+    save_params(folder, tiny.draw(SPECS, 0))
+    save_params(folder, tiny.draw(SPECS, 1))
+    tiny.assert_trees_equal(load_params(folder, abstract_params(SPECS)), tiny.draw(SPECS, 1))
+    assert os.listdir(tmp_path) == ["params"]
+
+
+def test_missing_or_different_parameters_are_one_line(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: no parameters there; run the stage"):
+        load_params(str(tmp_path / "nowhere"), abstract_params(SPECS))
+    folder = str(tmp_path / "params")
+    save_params(folder, tiny.draw(SPECS))
+    renamed = {"other": SPECS["matrix"], "scale": SPECS["scale"]}
+    with pytest.raises(UserError, match="params: this checkpoint cannot be read") as error:
+        load_params(folder, abstract_params(renamed))
+    assert "\n" not in str(error.value)
+
+
+def test_parameters_of_another_size_are_refused(tmp_path):
+    folder = str(tmp_path / "params")
+    save_params(folder, tiny.draw(SPECS))
+    larger = SPECS | {"scale": ParamSpec((9,), (None,), constant=1.0)}
+    with pytest.raises(UserError, match="params: this checkpoint cannot be read"):
+        load_params(folder, abstract_params(larger))
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path):
+    folder = tmp_path / "params"
+    save_params(str(folder), tiny.draw(SPECS))
+    for root, _, names in os.walk(folder):
+        for name in names:
+            path = os.path.join(root, name)
+            os.truncate(path, os.path.getsize(path) // 2)
+    with pytest.raises(UserError, match="params: this checkpoint cannot be read"):
+        load_params(str(folder), abstract_params(SPECS))
+
+
+def states(tx):
+    abstract = abstract_state(SPECS, tx, None)
+    return abstract, init_state(tiny.draw(SPECS), tx, abstract)
+
+
+def test_the_newest_state_comes_back_and_old_ones_go(tmp_path):
+    abstract, state = states(optax.adam(0.1))
+    checkpoints = Checkpoints(str(tmp_path / "checkpoints"), keep=2)
+    assert checkpoints.latest_step() is None
+    for step in (3, 5, 9):
+        checkpoints.save(step, state.replace(step=jnp.int32(step)))
+    checkpoints.close()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["5", "9"]
+    again = Checkpoints(str(tmp_path / "checkpoints"))
+    tiny.assert_trees_equal(again.restore(abstract), state.replace(step=np.int32(9)))
+    again.close()
+
+
+def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
+    abstract, state = states(optax.adam(0.1))
+    expected = jax.device_get(state)
+    checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
+    checkpoints.save(1, state)
+    overwrite = jax.jit(lambda s: jax.tree.map(lambda x: x * 0 - 7, s), donate_argnums=0)
+    jax.block_until_ready(overwrite(state))
+    checkpoints.close()
+    again = Checkpoints(str(tmp_path / "checkpoints"))
+    tiny.assert_trees_equal(again.restore(abstract), expected)
+    again.close()
+
+
+def test_an_unfinished_save_does_not_count(tmp_path):
+    abstract, state = states(optax.adam(0.1))
+    checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
+    checkpoints.save(1, state)
+    checkpoints.close()
+    (tmp_path / "checkpoints" / "2.orbax-checkpoint-tmp-0").mkdir()
+    again = Checkpoints(str(tmp_path / "checkpoints"))
+    assert again.latest_step() == 1
+    tiny.assert_trees_equal(again.restore(abstract), state)
+    again.close()
+
+
+def test_delete(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    (folder / "file").write_text("x")
+    delete(str(folder))
+    delete(str(folder))
+    assert not folder.exists()

@@ -1,0 +1,192 @@
+"""THE loop: exact resume, metrics one step late but all there, hooks on time, and no silent NaN."""
+
+import os
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from llmjax.errors import UserError
+from llmjax.models.transformer import transformer_spec
+from llmjax.objectives.lm import lm_loss
+from llmjax.training.checkpoint import Checkpoints
+from llmjax.training.loop import Hook, Loop, train
+from llmjax.training.metrics import MetricsLog, read_rows
+from llmjax.training.optimizer import OptimizerConfig, make_optimizer
+from llmjax.training.state import TrainState, abstract_state, init_state, make_train_step
+
+NUM_STEPS = 7
+
+
+class Stopped(Exception):
+    """A stand-in for a power cut."""
+
+
+def batches(make, stop_at: int | None = None):
+    """Batch `step` is make(step); reading batch `stop_at` fails."""
+
+    def read(step):
+        if step == stop_at:
+            raise Stopped
+        return make(int(step))
+
+    return grain.MapDataset.range(1000).map(read)
+
+
+def run(folder, state, abstract, step_fn, source, **fields):
+    """`train` in `folder`, as a fresh process would."""
+    metrics = MetricsLog(os.path.join(folder, "metrics.jsonl"))
+    checkpoints = Checkpoints(os.path.join(folder, "checkpoints"))
+    loop = Loop(
+        stage="sft", key=jax.random.key(7), mesh=None, metrics=metrics, checkpoints=checkpoints, verbose=False,
+        **dict(num_steps=NUM_STEPS, checkpoint_seconds=0.0) | fields,
+    )  # fmt: skip
+    try:
+        return train(loop, state, abstract, step_fn, source)
+    finally:
+        checkpoints.close()
+        metrics.close()
+
+
+def rows_of(folder):
+    return read_rows(os.path.join(folder, "metrics.jsonl"))
+
+
+# A real model
+
+
+@pytest.fixture(scope="module")
+def real():
+    """A sparse model with the key of a step in its loss, so that a wrong key is noticed."""
+    cfg = tiny.dataclasses.replace(tiny.SPARSE, num_layers=1)
+    specs = transformer_spec(cfg)
+    tx = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=3), NUM_STEPS, specs)
+    abstract = abstract_state(specs, tx, None)
+
+    def loss(params, batch, key):
+        value, metrics = lm_loss(params, batch, key, cfg)
+        return value * (1 + 0.1 * jax.random.uniform(key)), metrics
+
+    def start():
+        return init_state(tiny.language_model(cfg), tx, abstract)
+
+    return start, abstract, make_train_step(loss, tx, abstract), lambda step: tiny.lm_batch(cfg, 4, 8, seed=step)
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, NUM_STEPS - 1])
+def test_a_run_that_was_cut_off_ends_bit_for_bit_like_one_that_was_not(real, tmp_path, stop_at):
+    start, abstract, step_fn, make = real
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    os.mkdir(whole), os.mkdir(cut)
+    expected = run(whole, start(), abstract, step_fn, batches(make), checkpoint_seconds=1e9)
+    with pytest.raises(Stopped):
+        run(cut, start(), abstract, step_fn, batches(make, stop_at))
+    restarted = []
+
+    def counted(state, *args):
+        restarted.append(int(state.step))
+        return step_fn(state, *args)
+
+    got = run(cut, start(), abstract, counted, batches(make))
+    assert restarted == list(range(stop_at, NUM_STEPS))
+    tiny.assert_trees_equal(got, expected)
+    assert rows_of(cut) == rows_of(whole)
+    assert [row["step"] for row in rows_of(cut)] == list(range(1, NUM_STEPS + 1))
+
+
+def test_a_complete_run_that_is_started_again_does_nothing_wrong(real, tmp_path):
+    start, abstract, step_fn, make = real
+    expected = run(tmp_path, start(), abstract, step_fn, batches(make))
+    rows = rows_of(tmp_path)
+    tiny.assert_trees_equal(run(tmp_path, start(), abstract, step_fn, batches(make)), expected)
+    assert rows_of(tmp_path) == rows
+
+
+# A counter instead of a model
+
+
+def counter(losses=None, poison_at: int | None = None):
+    """(state, abstract, step_fn, seen): each step adds 1 to the only parameter; losses[step] or the step is its loss."""
+    state = TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, ())
+    place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
+    seen = []
+
+    def step_fn(state, batch, key):
+        step = int(state.step)
+        seen.append((batch["x"].tolist(), jax.random.key_data(key).tolist()))
+        w = state.params["w"] + (np.nan if step == poison_at else 1)
+        metrics = {"loss": jnp.float32(step if losses is None else losses[step])}
+        return TrainState(state.step + 1, {"w": w}, ()), metrics | {"grad_norm": jnp.sum(w)}
+
+    return state, abstract, step_fn, seen
+
+
+def numbers(step):
+    return {"x": np.array([step], np.int32)}
+
+
+def test_step_s_sees_batch_s_and_the_key_folded_with_s(tmp_path):
+    state, abstract, step_fn, seen = counter()
+    run(tmp_path, state, abstract, step_fn, batches(numbers))
+    key = jax.random.key(7)
+    assert seen == [([s], jax.random.key_data(jax.random.fold_in(key, s)).tolist()) for s in range(NUM_STEPS)]
+
+
+def test_rows_are_written_every_log_every_steps_and_after_the_last(tmp_path):
+    state, abstract, step_fn, _ = counter()
+    run(tmp_path, state, abstract, step_fn, batches(numbers), log_every=3)
+    assert [(row["step"], row["kind"], row["loss"]) for row in rows_of(tmp_path)] == [
+        (3, "train", 2.0), (6, "train", 5.0), (7, "train", 6.0)
+    ]  # fmt: skip
+
+
+def test_hooks_come_on_time_and_see_the_state_after_the_step(tmp_path):
+    state, abstract, step_fn, _ = counter()
+    called = []
+
+    def hook(step, state):
+        called.append((step, int(state.step), float(state.params["w"][0])))
+        return {"held_out": 2.0 * step} if step != 6 else None
+
+    run(tmp_path, state, abstract, step_fn, batches(numbers), hooks=[Hook(3, hook)])
+    assert called == [(3, 3, 3.0), (6, 6, 6.0), (7, 7, 7.0)]
+    rows = [(row["step"], row["kind"]) for row in rows_of(tmp_path)]
+    assert rows == [(1, "train"), (2, "train"), (3, "train"), (3, "eval"), (4, "train"), (5, "train"), (6, "train"),
+                    (7, "train"), (7, "eval")]  # fmt: skip
+
+
+def test_throughput_is_logged_only_when_asked_for(tmp_path):
+    state, abstract, step_fn, _ = counter()
+    for name, fields in (("without", {}), ("with", dict(tokens_per_step=100))):
+        (tmp_path / name).mkdir()
+        run(tmp_path / name, state, abstract, step_fn, batches(numbers), **fields)
+        rates = [row.get("tokens_per_second") for row in rows_of(tmp_path / name)]
+        assert rates[0] is None  # mostly compilation
+        assert all((rate is not None and rate > 0) == bool(fields) for rate in rates[1:])
+
+
+@pytest.mark.parametrize("loss", [np.nan, np.inf])
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, loss):
+    state, abstract, step_fn, _ = counter(losses=[1.0, 2.0, loss, 3.0, 4.0, 5.0, 6.0])
+    with pytest.raises(UserError, match=rf"sft: the loss is {loss} at step 3; lower the learning rate") as error:
+        run(tmp_path, state, abstract, step_fn, batches(numbers))
+    assert "\n" not in str(error.value)
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
+    checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
+    assert checkpoints.latest_step() == 2
+    checkpoints.close()
+
+
+def test_the_checkpoint_that_is_kept_after_a_gradient_that_is_not_finite_is_a_good_one(tmp_path):
+    """The loss of step 4 is finite, its gradient is not; only the loss of step 5 shows it."""
+    state, abstract, step_fn, _ = counter(losses=[1.0, 1.0, 1.0, 1.0, np.nan, np.nan, np.nan], poison_at=3)
+    with pytest.raises(UserError):
+        run(tmp_path, state, abstract, step_fn, batches(numbers))
+    checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
+    kept = checkpoints.restore(abstract)
+    checkpoints.close()
+    assert np.all(np.isfinite(kept.params["w"])), f"the checkpoint of step {int(kept.step)} holds NaN"

@@ -1,0 +1,115 @@
+"""The compiled step: it learns, it updates what it should, and every part lies where it should."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import PartitionSpec as P
+
+from llmjax import sharding
+from llmjax.errors import UserError
+from llmjax.models.spec import ParamSpec
+from llmjax.models.transformer import transformer_spec
+from llmjax.objectives.lm import lm_loss
+from llmjax.sharding import MeshConfig
+from llmjax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from llmjax.training.rng import fold_purpose, key_for
+from llmjax.training.state import abstract_state, init_state, make_train_step
+
+SPECS = {
+    "matrix": ParamSpec((4, 8), ("embed", "mlp"), std=1.0),
+    "scale": ParamSpec((8,), (None,), constant=1.0),
+}
+
+
+def quadratic(params, batch, key):
+    """Its gradient is params - batch."""
+    loss = sum(0.5 * jnp.sum(jnp.square(params[name] - batch[name])) for name in params)
+    return loss, {"loss": loss}
+
+
+def test_training_learns_a_batch_by_heart():
+    cfg = tiny.DENSE
+    specs, batch = transformer_spec(cfg), tiny.lm_batch(cfg, 4, 8)
+    tx = make_optimizer(OptimizerConfig(learning_rate=1e-2, warmup_steps=0, schedule="constant"), 60, specs)
+    abstract = abstract_state(specs, tx, None)
+    state = init_state(tiny.language_model(cfg), tx, abstract)
+    step = make_train_step(lambda p, b, key: lm_loss(p, b, key, cfg), tx, abstract)
+    losses = []
+    for _ in range(60):
+        state, metrics = step(state, batch, jax.random.key(0))
+        losses.append(float(metrics["loss"]))
+    assert int(state.step) == 60
+    assert losses[-1] < 0.2 * losses[0], losses[::10]
+
+
+def test_one_step_is_the_optimizer_applied_to_the_gradient():
+    params, target = tiny.draw(SPECS), tiny.draw(SPECS, 1)
+    tx = optax.chain(optax.clip_by_global_norm(1e-3), optax.sgd(0.5))
+    abstract = abstract_state(SPECS, tx, None)
+    state, metrics = make_train_step(quadratic, tx, abstract)(init_state(params, tx, abstract), target, None)
+    grads = jax.tree.map(lambda p, t: np.asarray(p - t), params, target)
+    norm = np.sqrt(sum(np.sum(g**2) for g in grads.values()))
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-6)  # before clipping
+    expected = jax.tree.map(lambda p, g: p - 0.5 * 1e-3 * g / norm, params, grads)
+    tiny.assert_trees_close(state.params, expected, 1e-6)
+    assert state.step == 1 and state.step.dtype == jnp.int32
+
+
+def test_a_state_owns_its_parameters():
+    params = tiny.draw(SPECS)
+    tx = optax.sgd(0.1)
+    abstract = abstract_state(SPECS, tx, None)
+    state = init_state(params, tx, abstract)
+    make_train_step(quadratic, tx, abstract)(state, tiny.draw(SPECS, 1), None)
+    assert state.params["matrix"].is_deleted()  # donated
+    assert np.all(np.isfinite(params["matrix"]))  # not taken with it
+
+
+def test_an_abstract_state_is_the_shape_and_place_of_the_real_one():
+    mesh = sharding.make_mesh(MeshConfig(fsdp=2, tensor=4))
+    tx = make_optimizer(OptimizerConfig(), 10, SPECS)
+    for place in (None, mesh):
+        abstract = abstract_state(SPECS, tx, place)
+        state = init_state(tiny.draw(SPECS), tx, abstract)
+        described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
+        assert described == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract)
+    moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (4, 8)]
+    assert len(moments) == 2 and all(m.sharding.spec == P("fsdp", "tensor") for m in moments)
+
+
+def test_weight_decay_is_on_matrices_only():
+    cfg = OptimizerConfig(learning_rate=0.1, warmup_steps=0, schedule="constant", weight_decay=0.5)
+    specs = SPECS | {"bias": ParamSpec((8,), (None,), std=1.0)}
+    params, tx = tiny.draw(specs), make_optimizer(cfg, 10, specs)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = tx.update(zeros, tx.init(params), params)
+    np.testing.assert_allclose(updates["matrix"], -0.1 * 0.5 * params["matrix"], rtol=1e-6)
+    assert np.all(updates["scale"] == 0) and np.all(updates["bias"] == 0)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+def test_learning_rate(schedule):
+    cfg = OptimizerConfig(learning_rate=2.0, warmup_steps=10, schedule=schedule, final_fraction=0.1)
+    rate = learning_rate_schedule(cfg, 110)
+    np.testing.assert_allclose(rate(0), 0.2, rtol=1e-5)  # the first step already moves
+    np.testing.assert_allclose(rate(10), 2.0, rtol=1e-6)
+    assert all(rate(i) < rate(i + 1) for i in range(9))
+    np.testing.assert_allclose(rate(60), {"cosine": 1.1, "linear": 1.1, "constant": 2.0}[schedule], rtol=1e-5)
+    np.testing.assert_allclose(rate(110), 2.0 if schedule == "constant" else 0.2, rtol=1e-5)
+    assert learning_rate_schedule(OptimizerConfig(warmup_steps=50), 2)(1) > 0  # a warm-up longer than the training
+
+
+@pytest.mark.parametrize("fields", [dict(learning_rate=0.0), dict(warmup_steps=-1), dict(b2=1.5)])
+def test_impossible_optimizers_are_refused(fields):
+    with pytest.raises(UserError, match=f"{next(iter(fields))}="):
+        OptimizerConfig(**fields).validate()
+
+
+def test_keys_differ_by_purpose_and_agree_with_themselves():
+    keys = [key_for(0, "ppo", 1), key_for(0, "ppo", 2), key_for(0, "sft", 1), key_for(1, "ppo", 1), key_for(0)]
+    keys += [fold_purpose(keys[0], "sample"), fold_purpose(keys[0], "shuffle")]
+    assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
+    assert jnp.all(jax.random.key_data(key_for(0, "ppo", 1)) == jax.random.key_data(keys[0]))
