@@ -40,7 +40,7 @@ def quickstart() -> Experiment:
             optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
         ),
         reward=RewardModel(
-            num_prompts=1408, num_eval_prompts=128, epochs=1, batch_size=8, prompt_length=24,
+            num_prompts=1664, num_eval_prompts=128, epochs=1, batch_size=8, prompt_length=24,
             sampling=SamplingConfig(max_new_tokens=28, temperature=0.7),
             label_noise=0.15, optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
         ),

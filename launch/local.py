@@ -12,7 +12,7 @@ import os
 import shlex
 import subprocess
 import sys
-from typing import Sequence
+from collections.abc import Sequence
 
 from absl import flags
 from rich.console import Console

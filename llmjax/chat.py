@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from absl import flags
 
@@ -19,6 +19,7 @@ CHAT_STAGES = ("ppo", "sft", "pretrain")
 
 
 def define_flags() -> flags.FlagValues:
+    """The flags of llmjax-chat, with their defaults."""
     values = flags.FlagValues()
     flags.DEFINE_string("workdir", None, "folder of a finished run", flag_values=values)
     flags.DEFINE_enum("stage", None, CHAT_STAGES, "whose model; default: the last one there is", flag_values=values)
@@ -42,7 +43,8 @@ class Chat:
         self.run = open_run(workdir)
         done = [s for s in CHAT_STAGES if self.run.result(s) is not None]
         if not done or (stage and stage not in done):
-            raise UserError(f"--workdir={workdir}: stage {stage or 'pretrain'} is not complete there; there is {', '.join(done) or 'none'}")
+            there = ", ".join(done) or "none"
+            raise UserError(f"--workdir={workdir}: stage {stage or 'pretrain'} is not complete there; there is {there}")
         self.stage = stage or done[0]
         self.params = self.run.load_lm(self.stage)
         self.sampling = SamplingConfig(max_new_tokens, temperature)
@@ -71,6 +73,7 @@ class Chat:
 
 
 def run(argv: Sequence[str]) -> None:
+    """The program, without the handling of errors."""
     values = define_flags()
     parse_flags(argv, values, USAGE)
     if not values.workdir:
@@ -102,6 +105,7 @@ def _say(pieces: Iterator[str]) -> None:
 
 
 def main() -> None:
+    """The console command llmjax-chat."""
     call(run, sys.argv)
 
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
-from typing import Sequence
+from collections.abc import Sequence
 
 from absl import flags
 
@@ -21,6 +22,7 @@ the workdir is not run again, what was cut off goes on.
 
 
 def define_flags() -> flags.FlagValues:
+    """The flags of llmjax, with their defaults."""
     values = flags.FlagValues()
     flags.DEFINE_string(
         "config", None, "experiment file, with an argument after a colon; --config.a.b=value overrides a field",
@@ -85,9 +87,13 @@ def call(program, argv: Sequence[str]) -> None:
     except KeyboardInterrupt:
         print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # whoever read our output has gone, as in `llmjax --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
+        sys.exit(1)
 
 
 def main() -> None:
+    """The console command llmjax."""
     call(run, sys.argv)
 
 

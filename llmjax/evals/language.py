@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from functools import partial
-from typing import Iterable, Mapping
 
 import jax
 import jax.numpy as jnp

@@ -155,6 +155,6 @@ def _discounts(counts: np.ndarray) -> np.ndarray:
     i = np.arange(1, 4)
     if (kinds > 0).all():
         discounts = i - (i + 1) * kinds[0] / (kinds[0] + 2 * kinds[1]) * kinds[1:] / kinds[:3]
-        if ((0 <= discounts) & (discounts <= i)).all():
+        if ((discounts >= 0) & (discounts <= i)).all():
             return np.concatenate([[0.0], discounts])
     return np.array([0.0, 0.5, 1.0, 1.5])

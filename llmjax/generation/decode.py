@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import partial
-from typing import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def generate(
     def step(loop):
         t, state, tokens_BR, log_probs_BR, mask_BR, ended_B = loop
         keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, t)
-        drawn_B, log_prob_B = sample(state.logits, keys, sampling)
+        drawn_B, log_prob_B = sample(sharding.constrain(state.logits, "B."), keys, sampling)
         token_B = jnp.where(ended_B, pad_id, drawn_B)
         live_B = (~ended_B).astype(jnp.float32)
         at = jnp.arange(new) == t

@@ -32,6 +32,7 @@ class Attention:
 
 
 def attention_spec(cfg: ModelConfig) -> Attention:
+    """The `ParamSpec` of each projection."""
     d, n, k, h = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     kv = ParamSpec((d, k, h), ("embed", "kv_heads", "head_dim"), std=d**-0.5)
     return Attention(

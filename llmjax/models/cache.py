@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from llmjax import sharding
 from llmjax.models.config import ModelConfig
 from llmjax.typing import Array
 
@@ -30,9 +31,9 @@ def init_cache(cfg: ModelConfig, batch: int, size: int) -> tuple[LayerCache, ...
 
     def layer():
         return LayerCache(
-            k=jnp.zeros(shape, cfg.dtype),
-            v=jnp.zeros(shape, cfg.dtype),
-            segment_ids=jnp.zeros((batch, size), jnp.int32),
+            k=sharding.constrain(jnp.zeros(shape, cfg.dtype), "BSKH"),
+            v=sharding.constrain(jnp.zeros(shape, cfg.dtype), "BSKH"),
+            segment_ids=sharding.constrain(jnp.zeros((batch, size), jnp.int32), "BS"),
             length=jnp.zeros((), jnp.int32),
         )
 

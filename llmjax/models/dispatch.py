@@ -31,7 +31,7 @@ def expert_ffn(
 ) -> Float[Array, "T D"]:
     """SwiGLU experts applied to their tokens and summed with their gate weights; dropless, in the backend's best form."""
     num_experts = gate_EDF.shape[0]
-    weights_TC = jnp.where(expert_ids_TC < num_experts, weights_TC, 0).astype(x_TD.dtype)
+    weights_TC = weights_TC.astype(x_TD.dtype)
     experts = tuple(w.astype(x_TD.dtype) for w in (gate_EDF, up_EDF, down_EFD))
     if jax.default_backend() == "tpu":
         return expert_ffn_ragged(x_TD, expert_ids_TC, weights_TC, *experts)
@@ -79,9 +79,14 @@ def _sort_by_expert(expert_ids_TC: Array, num_experts: int) -> tuple[Array, Arra
     return order, inverse, counts_E
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
 def expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes):
     """The same by blocks of `sizes` rows (static, decreasing); shapes as in `expert_ffn`."""
+    weights_TC = jnp.where(expert_ids_TC < gate_EDF.shape[0], weights_TC, 0)  # an overhanging block writes their rows
+    return _blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes):
     y_TD, _ = _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, save=False)
     return y_TD
 
@@ -180,4 +185,4 @@ def _blocks_bwd(sizes, residuals, dy_TD):
     return dx_TD, None, dweights_TC, *dexperts
 
 
-expert_ffn_blocks.defvjp(_blocks_fwd, _blocks_bwd)
+_blocks.defvjp(_blocks_fwd, _blocks_bwd)

@@ -44,6 +44,7 @@ class Mlp:
 
 
 def mlp_spec(cfg: ModelConfig) -> Mlp:
+    """The `ParamSpec` of each matrix."""
     d, f = cfg.embed_dim, cfg.mlp_dim
     into = ParamSpec((d, f), ("embed", "mlp"), std=d**-0.5)
     out = ParamSpec((f, d), ("mlp", "embed"), std=f**-0.5 * residual_scale(cfg))

@@ -45,6 +45,7 @@ class RouterStats:
 
 
 def moe_spec(cfg: ModelConfig) -> Moe:
+    """The `ParamSpec` of router and experts."""
     d, f, e = cfg.embed_dim, cfg.moe.mlp_dim, cfg.moe.num_experts
     into = ParamSpec((e, d, f), ("expert", "embed", "mlp"), std=d**-0.5)
     return Moe(

@@ -42,6 +42,7 @@ class ParamSpec:
 
 
 def is_spec(x: Any) -> bool:
+    """Whether x is a leaf of a tree of specs."""
     return isinstance(x, ParamSpec)
 
 
@@ -80,4 +81,5 @@ def abstract_params(specs: PyTree, mesh: Mesh | None = None) -> PyTree:
 
 
 def num_params(specs: PyTree) -> int:
+    """Numbers in all leaves together."""
     return sum(math.prod(spec.shape) for spec in jax.tree.leaves(specs, is_leaf=is_spec))

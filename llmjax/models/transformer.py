@@ -46,7 +46,7 @@ def transformer_spec(cfg: ModelConfig) -> Params:
         mlp_norm=norm,
         mlp=mlp_spec(cfg) if cfg.moe is None else moe_spec(cfg),
     )
-    # Untied tables: unit-size tokens in, logits of unit size out. A tied table must do both, and the logits matter more.
+    # Normalised hidden states have unit-size entries, so this width gives logits of unit size.
     table = ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), std=d**-0.5)
     return Params(
         embed=table,

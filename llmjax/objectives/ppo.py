@@ -33,6 +33,7 @@ class ActorCritic:
 
 
 def actor_critic_spec(cfg: ModelConfig) -> ActorCritic:
+    """The `ParamSpec` of every leaf of both networks."""
     return ActorCritic(policy=transformer_spec(cfg), critic=scalar_model_spec(cfg))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from llmjax import sharding
 from llmjax.models.config import ModelConfig
 from llmjax.models.heads import ScalarModel, last_token, scalars
 from llmjax.models.moe import router_loss, router_metrics
@@ -42,7 +43,8 @@ def reward_loss(params: ScalarModel, batch: dict[str, Array], key, cfg: ModelCon
     rewards_R, stats = reward_of(
         params, batch["tokens"].reshape(b * k, t), batch["segment_ids"].reshape(b * k, t), cfg
     )
-    loss, accuracy = pairwise_ranking_loss(rewards_R.reshape(b, k), batch["ranks"])
+    rewards_BK = sharding.constrain(rewards_R.reshape(b, k), "B.")
+    loss, accuracy = pairwise_ranking_loss(rewards_BK, batch["ranks"])
     metrics = {"loss": loss, "accuracy": accuracy, "reward_mean": jnp.mean(rewards_R), "reward_std": jnp.std(rewards_R)}
     if stats is None:
         return loss, metrics

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
-from typing import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 
 import numpy as np
 
@@ -22,10 +22,12 @@ ENCODE_BATCH = 1024
 
 
 def data_dir(workdir: str) -> str:
+    """Where a workdir keeps its data sets."""
     return os.path.join(workdir, "data")
 
 
 def corpus_of(experiment: Experiment, workdir: str) -> Corpus:
+    """The documents to pre-train on, training and held-out."""
     return open_corpus(experiment.data, data_dir(workdir))
 
 
@@ -72,6 +74,7 @@ def questions(run: Run, split: str, num: int, purpose: str) -> list[Question]:
 
 
 def all_questions(run: Run, split: str) -> list[Question]:
+    """Every question of a split, in the order on disk."""
     source = world(run, "questions", split)
     return source[:]
 

@@ -18,7 +18,7 @@ from llmjax.stages.run import Run, finish, fit
 
 
 def run_reward(run: Run) -> None:
-    """Trains on the rankings from the `init` model; accuracy on held-out prompts is compared with what the labels' noise allows.
+    """Trains on the rankings from the `init` model; accuracy on held-out prompts is compared with what the noise allows.
 
     At the end the head is shifted and scaled so that the rewards of the `init` model's own answers have mean 0 and
     standard deviation 1 (Ziegler et al. 2019, section 2.1); rankings do not change.

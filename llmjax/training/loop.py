@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -106,10 +107,10 @@ class _Reporter:
         step, metrics = self._pending
         self._pending = None
         values = {name: float(value) for name, value in to_host(dict(metrics)).items()}
-        loss = values.get("loss", 0.0)
-        if not np.isfinite(loss):
+        bad = [name for name in ("loss", "grad_norm") if not np.isfinite(values.get(name, 0.0))]
+        if bad:
             raise UserError(
-                f"{self._loop.stage}: the loss is {loss} at step {step}; lower the learning rate "
+                f"{self._loop.stage}: the {bad[0]} is {values[bad[0]]} at step {step}; lower the learning rate "
                 f"(--config.{self._loop.stage}.optimizer.learning_rate), the last good checkpoint is kept"
             )
         values |= self._throughput()

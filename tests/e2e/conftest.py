@@ -12,4 +12,4 @@ def finished(request, tmp_path_factory) -> program.Finished:
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent
-    return program.whole_runs(folder / "runs")[request.param]
+    return program.whole_run(request.param, folder / "runs")

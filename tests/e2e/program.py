@@ -20,10 +20,11 @@ SPEED = ("tokens_per_second", "mfu")
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that is over: of which kind, where, and what it printed."""
+    """A run that is over: of which kind, where, its exit status, and what it printed."""
 
     kind: str
     workdir: pathlib.Path
+    status: int
     stdout: str
     stderr: str
 
@@ -48,35 +49,38 @@ def start(kind: str, workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
 
 def run(kind: str, workdir: pathlib.Path, *flags: str) -> Finished:
     """Runs to the end, which must be a good one."""
-    return wait(start(kind, workdir, *flags), kind, workdir)
-
-
-def wait(process: subprocess.Popen, kind: str, workdir: pathlib.Path) -> Finished:
+    process = start(kind, workdir, *flags)
     try:
         stdout, stderr = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
-    assert process.returncode == 0, f"exit status {process.returncode}\n{stdout[-2000:]}\n{stderr[-4000:]}"
-    return Finished(kind, workdir, stdout, stderr)
+    return good(Finished(kind, workdir, process.returncode, stdout, stderr))
 
 
-def whole_runs(folder: pathlib.Path) -> dict[str, Finished]:
-    """One whole run of each kind in `folder`/<kind>, side by side; made by the first process that asks for them."""
+def good(run: Finished) -> Finished:
+    assert run.status == 0, f"exit status {run.status}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
+    return run
+
+
+def whole_run(kind: str, folder: pathlib.Path) -> Finished:
+    """A whole run of `kind` in `folder`/<kind>. The first process that asks makes one of each kind, side by side."""
     folder.mkdir(exist_ok=True)
     kept = folder / "output.json"
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.exists():
-            processes = {kind: start(kind, folder / kind) for kind in KINDS}
-            try:
-                made = {kind: wait(process, kind, folder / kind) for kind, process in processes.items()}
-            finally:
-                for process in processes.values():
-                    process.kill()
-            output = {kind: [run.stdout, run.stderr] for kind, run in made.items()}
-            kept.write_text(json.dumps(output), encoding="utf-8")
-    output = json.loads(kept.read_text(encoding="utf-8"))
-    return {kind: Finished(kind, folder / kind, *output[kind]) for kind in KINDS}
+            kept.write_text(json.dumps(_run_all(folder)), encoding="utf-8")
+    return good(Finished(kind, folder / kind, *json.loads(kept.read_text(encoding="utf-8"))[kind]))
+
+
+def _run_all(folder: pathlib.Path) -> dict[str, tuple[int, str, str]]:
+    processes = {kind: start(kind, folder / kind) for kind in KINDS}
+    try:
+        output = {kind: process.communicate(timeout=TIMEOUT) for kind, process in processes.items()}
+    finally:
+        for process in processes.values():
+            process.kill()
+    return {kind: (process.returncode, *output[kind]) for kind, process in processes.items()}
 
 
 def kill_in(stage: str, kind: str, workdir: pathlib.Path, *flags: str) -> None:

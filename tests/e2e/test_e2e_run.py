@@ -16,7 +16,7 @@ METRICS = {
     "pretrain": {"loss", "perplexity", "bits_per_byte", "ngram5_loss", "ngram5_bits_per_byte", "num_params",
                  "num_active_params", "train_tokens"},
     "sft": {"loss", "instruction_following_before", "instruction_following_after", "gold", "correct"},
-    "reward": {"accuracy", "noise_ceiling", "accuracy_of_ceiling", "gold_accuracy", "loss"},
+    "reward": {"accuracy", "noise_ceiling", "accuracy_of_ceiling", "loss"},
     "ppo": {"gold", "gold_stderr", "correct", "instruction_following", "kl", "kl_stderr", "length"},
 }  # fmt: skip
 
@@ -46,7 +46,8 @@ def test_results(finished, experiment):
     metrics = program.result(finished.workdir, "pretrain")["metrics"]
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
     assert (metrics["num_active_params"] < metrics["num_params"]) == (finished.kind == "moe")
-    assert metrics["train_tokens"] == 6 * 8 * 64
+    cfg = experiment.pretrain
+    assert metrics["train_tokens"] == cfg.steps * cfg.batch_size * cfg.length
 
 
 def test_table_of_models(finished):
@@ -68,11 +69,17 @@ def test_samples(finished):
 
 
 def test_rankings(finished, experiment):
-    for split, num in (("train", experiment.reward.num_prompts), ("validation", experiment.reward.num_eval_prompts)):
-        text = (finished.workdir / "reward" / f"rankings-{split}.jsonl").read_text(encoding="utf-8")
-        ranked = [json.loads(line) for line in text.split("\n")[:-1]]
-        assert len({row["id"] for row in ranked}) == num
+    sizes = {}
+    for path in sorted((finished.workdir / "reward").glob("rankings-*.jsonl")):
+        ranked = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
+        sizes[path.stem] = len({row["id"] for row in ranked})
         assert all(len(row["answers"]) == 4 and min(a["rank"] for a in row["answers"]) == 0 for row in ranked)
+    held_out = experiment.reward.num_eval_prompts
+    assert sizes == {
+        "rankings-train": experiment.reward.num_prompts,
+        "rankings-held_out": held_out,
+        "rankings-new_facts": held_out,
+    }
 
 
 def test_metrics_rows(finished, experiment):

@@ -101,7 +101,7 @@ def test_a_row_stops_at_its_end_of_turn(cfg):
     params = tiny.language_model(cfg)
     end_id = likeliest_end(cfg, params)
     free, got = run(params, cfg, end_id=-1), run(params, cfg, end_id=end_id)
-    assert 0 < np.sum(got.ended)
+    assert np.sum(got.ended) > 0
     for row in range(len(LENGTHS)):
         places = np.flatnonzero(np.asarray(free.tokens[row]) == end_id)
         length = places[0] + 1 if len(places) else NEW

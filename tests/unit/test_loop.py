@@ -109,7 +109,7 @@ def test_a_complete_run_that_is_started_again_does_nothing_wrong(real, tmp_path)
 
 
 def counter(losses=None, poison_at: int | None = None):
-    """(state, abstract, step_fn, seen): each step adds 1 to the only parameter; losses[step] or the step is its loss."""
+    """(state, abstract, step_fn, seen): a step adds 1 to the only parameter; its loss is losses[step], or the step."""
     state = TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, ())
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)

@@ -92,7 +92,8 @@ def test_accuracy():
 
 
 def test_far_apart_rewards_stay_finite():
-    loss, grad = jax.value_and_grad(lambda r: pairwise_ranking_loss(r, np.int32([[0, 1]]))[0])(np.float32([[-500, 500]]))
+    rewards, ranks = np.float32([[-500, 500]]), np.int32([[0, 1]])
+    loss, grad = jax.value_and_grad(lambda r: pairwise_ranking_loss(r, ranks)[0])(rewards)
     assert loss == 1000 and np.all(np.isfinite(grad))
 
 
@@ -100,19 +101,15 @@ def test_far_apart_rewards_stay_finite():
 def test_the_reward_does_not_depend_on_padding_nor_on_other_rows(cfg):
     params, text, width = tiny.scalar_model(cfg), tiny.tokens(cfg, 1, 6)[0], 14
     score = tiny.jit(lambda p, t, s: reward_of(p, t, s, cfg)[0])
-    rows = []
-    for left in range(0, width - 5, 2):
-        segments = np.zeros(width, np.int32)
-        segments[left : left + 6] = 1
-        padded = np.full(width, 9)
-        padded[left : left + 6] = text
-        rows.append((padded, segments))
-    tokens, segments = (np.stack(column).astype(np.int32) for column in zip(*rows))
-    alone = score(params, text[None], np.ones((1, 6), np.int32))
-    np.testing.assert_allclose(score(params, tokens, segments), np.full(len(rows), alone[0]), atol=1e-5)
-    neighbours = np.where(np.arange(len(rows))[:, None] == 0, tokens, tiny.tokens(cfg, len(rows), width, seed=5))
-    np.testing.assert_allclose(score(params, neighbours, np.maximum(segments, np.arange(len(rows))[:, None] > 0))[0],
-                               alone[0], atol=1e-5)  # fmt: skip
+    lefts = range(0, width - 5, 2)  # the text at every place, between paddings
+    segments = np.stack([np.pad(np.ones(6, np.int32), (left, width - 6 - left)) for left in lefts])
+    tokens = np.stack([np.pad(text, (left, width - 6 - left), constant_values=9) for left in lefts])
+    alone = score(params, text[None], np.ones((1, 6), np.int32))[0]
+    np.testing.assert_allclose(score(params, tokens, segments), np.full(len(lefts), alone), atol=1e-5)
+    tokens[1:], segments[1:] = tiny.tokens(cfg, len(lefts) - 1, width, seed=5), 1  # other neighbours
+    got = score(params, tokens, segments)
+    np.testing.assert_allclose(got[0], alone, atol=1e-5)
+    assert np.all(np.abs(got[1:] - alone) > 1e-4)
 
 
 @both

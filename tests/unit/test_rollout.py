@@ -49,8 +49,8 @@ def answers(cfg, policy, temperature: float = 1.0) -> Generation:
     """Sampled answers; the token that ends a turn is one that ends some of them."""
     sampling = SamplingConfig(max_new_tokens=RESPONSE, temperature=temperature)
     keys = jax.random.split(jax.random.key(0), ROWS)
-    for end_id in range(cfg.vocab_size):
-        made = generate_any_end(policy, *prompts(cfg), keys, cfg=cfg, sampling=sampling, end_id=jnp.int32(end_id), pad_id=0)
+    for end_id in jnp.arange(cfg.vocab_size):
+        made = generate_any_end(policy, *prompts(cfg), keys, cfg=cfg, sampling=sampling, end_id=end_id, pad_id=0)
         if 2 <= int(made.ended.sum()) <= ROWS - 2:
             return made
     raise AssertionError("no token ends some of the rows")
@@ -147,7 +147,8 @@ def test_the_score_is_given_at_the_last_token():
 def test_advantages_are_white_and_old_numbers_are_zero_outside_the_mask():
     cfg, params = tiny.DENSE, tiny.actor_critic(tiny.DENSE)
     made = answers(cfg, params.policy)
-    batch, _ = score(params, tiny.language_model(cfg, 5), tiny.scalar_model(cfg, 6), *prompts(cfg), made, cfg, Options())
+    reference, reward_model = tiny.language_model(cfg, 5), tiny.scalar_model(cfg, 6)
+    batch, _ = score(params, reference, reward_model, *prompts(cfg), made, cfg, Options())
     mask = np.asarray(made.mask) > 0
     advantages = np.asarray(batch["advantages"])
     np.testing.assert_allclose(advantages[mask].mean(), 0, atol=1e-6)

@@ -81,7 +81,7 @@ def test_too_few_devices():
 def test_a_batch_that_does_not_divide():
     mesh = MeshConfig(data=2, fsdp=2, tensor=2)
     sharding.check_batch("pretrain.batch_size", 12, mesh)
-    words = r"pretrain.batch_size=10 is not divisible by the 4 batch shards .*data=2 x fsdp=2.*use pretrain.batch_size=8"
+    words = r"pretrain.batch_size=10 is not divisible by the 4 batch shards .*data=2 x fsdp=2.*batch_size=8"
     with pytest.raises(UserError, match=words):
         sharding.check_batch("pretrain.batch_size", 10, mesh)
     with pytest.raises(UserError, match="use batch_size=4"):

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -96,7 +95,7 @@ def test_impossible_shapes_are_refused(fields, words):
 
 
 def test_parameter_counts_by_hand():
-    # q and o 16*4*8 each, k and v 16*2*8 each, two norms of 16; SwiGLU 3*16*24, or router 16*4 and 4 experts of 3*16*12.
+    # q and o 16*4*8 each, k and v 16*2*8 each, two norms of 16; SwiGLU 3*16*24, or router 16*4, 4 experts of 3*16*12.
     attention_and_norms, tables = 2 * 512 + 2 * 256 + 2 * 16, 2 * 32 * 16 + 16
     assert total_params(tiny.DENSE) == 2 * (attention_and_norms + 3 * 16 * 24) + tables
     assert active_params(tiny.DENSE) == total_params(tiny.DENSE)
