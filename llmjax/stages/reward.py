@@ -46,17 +46,21 @@ def run_reward(run: Run) -> None:
 
 
 def agreement(run: Run, params: ScalarModel, rows: dict[str, np.ndarray]) -> dict[str, float]:
-    """accuracy on rankings, the ceiling that their noise leaves, their ratio; accuracy against the noiseless gold score."""
+    """accuracy on rankings, the ceiling that their noise leaves, their ratio; accuracy against the noiseless gold score.
+
+    What is not defined, since no two answers differ in it, is left out.
+    """
     rewards = score_all(run, params, rows)
     loss, accuracy = pairwise_ranking_loss(rewards, rows["ranks"])
     ceiling = noise_ceiling(rows["gold"], rows["ranks"])
-    return {
+    metrics = {
         "loss": float(loss),
         "accuracy": float(accuracy),
         "noise_ceiling": ceiling,
         "accuracy_of_ceiling": float(accuracy) / ceiling,
         "gold_accuracy": pair_accuracy(rewards, -rows["gold"]),
     }
+    return {name: value for name, value in metrics.items() if np.isfinite(value)}
 
 
 def start_params(run: Run) -> ScalarModel:

@@ -26,9 +26,10 @@ def continuations(run: Run, params, held_out: Packed) -> list[dict[str, str]]:
     prompts = {"tokens": tokens, "segment_ids": (segments == segments[:, -1:]).astype(np.int32)}
     sampling = SamplingConfig(max_new_tokens=CONTINUATION_TOKENS, temperature=0.8)
     answers = _answer(run, params, prompts, sampling, "continuations", run.tokenizer.endoftext_id)
-    starts = [run.tokenizer.decode(list(row[keep > 0]), skip_special=True).strip()
+    starts = [run.tokenizer.decode(list(row[keep > 0]), skip_special=True)
               for row, keep in zip(tokens, prompts["segment_ids"])]  # fmt: skip
-    return [{"prompt": start, "answer": a.text, "note": "continuation"} for start, a in zip(starts, answers)]
+    written = [run.tokenizer.decode(list(a.tokens), skip_special=True).rstrip() for a in answers]
+    return [{"prompt": start, "answer": text, "note": "continuation"} for start, text in zip(starts, written)]
 
 
 def ask(run: Run, params, asked: list[Question], purpose: str, reference=None) -> list[Answer]:

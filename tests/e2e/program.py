@@ -14,7 +14,7 @@ QUICKSTART = REPOSITORY / "experiments" / "quickstart.py"
 STUDY = REPOSITORY / "experiments" / "dense_vs_moe.py"
 KINDS = {"dense": "test", "moe": "test_moe"}
 STAGES = ("pretrain", "sft", "reward", "ppo")
-TIMEOUT = 600  # seconds; a run takes one or two minutes on two cores
+TIMEOUT = 1200  # seconds; a run takes one or two minutes on two quiet cores
 SPEED = ("tokens_per_second", "mfu")
 
 
