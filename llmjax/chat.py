@@ -69,6 +69,9 @@ class Chat:
             piece = decoder.step(token)
             text += piece
             yield piece
+        if rest := decoder.finish():
+            text += rest
+            yield rest
         self.messages.append({"role": "assistant", "content": text.strip()})
 
 

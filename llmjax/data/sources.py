@@ -66,7 +66,7 @@ class CorpusConfig:
             if getattr(self, name) < 1:
                 raise UserError(f"{name}={getattr(self, name)} must be positive")
         if self.source == "files" and not self.path:
-            raise UserError("path is empty with kind=files; give a glob of text, jsonl or parquet files")
+            raise UserError("path is empty with kind=files; give --config.data.path=GLOB (text, jsonl or parquet files)")
         if self.source == "files" and self.name:
             raise UserError(f"name={self.name} is of TFDS but kind=files; leave out one of them")
         if self.source == "tfds" and not (self.name or self.path):

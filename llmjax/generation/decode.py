@@ -89,7 +89,7 @@ def generate(
 
     def step(loop):
         t, state, tokens_BR, log_probs_BR, mask_BR, ended_B = loop
-        keys = jax.vmap(jax.random.fold_in, (0, None))(keys_B, t)
+        keys = sharding.constrain(jax.vmap(jax.random.fold_in, (0, None))(keys_B, t), "B")
         drawn_B, log_prob_B = sample(sharding.constrain(state.logits, "B."), keys, sampling)
         token_B = jnp.where(ended_B, pad_id, drawn_B)
         live_B = (~ended_B).astype(jnp.float32)

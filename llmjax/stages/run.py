@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Mapping, Sequence
@@ -167,7 +168,7 @@ def finish(
 
 
 def _short(value: float) -> str:
-    return f"{value:,.0f}" if value == int(value) else f"{value:.4g}"
+    return f"{value:,.0f}" if math.isfinite(value) and value == int(value) else f"{value:.4g}"
 
 
 def host_rows(array: jax.Array) -> np.ndarray:

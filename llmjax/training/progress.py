@@ -22,6 +22,8 @@ class Progress:
         self._steady: tuple[int, float] | None = None
         self._shown = 0.0
         self._live = None
+        if enabled and start:
+            print(f"{stage:<9} goes on after step {start}", flush=True)
         if enabled and sys.stdout.isatty():
             self._live = Live(console=Console(), refresh_per_second=8, transient=False)
             self._live.start()

@@ -65,7 +65,7 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, abstract:
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch, key)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = metrics | {"grad_norm": optax.global_norm(grads)}
+        metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(places, None))
