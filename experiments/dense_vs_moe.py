@@ -13,6 +13,8 @@ Expected: a table of both, stage by stage, on the terminal and in report.html; e
 runs/dense_vs_moe/dense and runs/dense_vs_moe/moe. Hardware: 2 CPU cores, about the time of two quickstarts.
 """
 
+from dataclasses import replace
+
 from experiments import quickstart
 from llmjax.stages.config import Study
 
@@ -22,4 +24,5 @@ def get_config(arg: str = "quickstart") -> Study:
     if arg not in pairs:
         raise ValueError(f"unknown argument {arg!r}; there is {' and '.join(pairs)}")
     dense, moe = map(quickstart.get_config, pairs[arg])
+    dense = replace(dense, pretrain=moe.pretrain)
     return Study(name=f"dense-vs-moe-{arg}", experiments={"dense": dense, "moe": moe})

@@ -35,11 +35,11 @@ def pretrain_text() -> Experiment:
     return Experiment(
         name="pretrain-text",
         data=CorpusConfig(kind="files"),
-        tokenizer=TokenizerConfig(vocab_size=2048),
-        model=ModelConfig(num_layers=6, embed_dim=192, num_heads=6, num_kv_heads=3, head_dim=32, mlp_dim=512),
+        tokenizer=TokenizerConfig(vocab_size=1024),
+        model=ModelConfig(num_layers=4, embed_dim=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=344),
         pretrain=Pretrain(
-            steps=1500, batch_size=16, length=256, eval_every=250,
-            optimizer=OptimizerConfig(learning_rate=2e-3, warmup_steps=100),
+            steps=1200, batch_size=16, length=256, eval_every=200,
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
         ),
     )  # fmt: skip
 

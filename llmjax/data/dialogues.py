@@ -171,8 +171,8 @@ def _arithmetic_questions() -> Iterator[Question]:
         for b in range(1, LARGEST_TERM + 1):
             for kind, x, word, result in (("sum", a, "plus", a + b), ("difference", a + b, "minus", a)):
                 group = f"{x} {word} {b}"
-                # Two of the four phrasings each, so that numbers do not outweigh people.
-                for i, text in list(enumerate(_ARITHMETIC[kind][0]))[(a + b) % 2 :: 2]:
+                # One of the four phrasings each, so that numbers do not outweigh people.
+                for i, text in list(enumerate(_ARITHMETIC[kind][0]))[(a + b) % 4 :: 4]:
                     yield Question(f"{group}/{i}", text.format(a=x, b=b), kind, group, (str(result),), numbers, group)
 
 

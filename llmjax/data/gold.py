@@ -50,16 +50,16 @@ class Judgement:
 def judge(question: Question, answer: str, ended: bool) -> Judgement:
     """The gold judgement of `answer`; `ended` says that the model stopped by itself, not at the length limit.
 
-    score = 0.40 right + 0.15 to_the_point + 0.15 complete + 0.15 polite + 0.15 ended. The aspects:
+    score = 0.2 (right + to_the_point + complete + polite + ended). The aspects:
     right: names a right value and no wrong one of the asked type, nobody else in the subject's place, no negation; a
       sum has its own numbers and operator; an open question needs a sentence with a true fact about the subject and
       no false one.
-    to_the_point: one statement, at most one courtesy phrase, at most 24 words, nothing twice; each word that the world
+    to_the_point: one statement, at most two courtesy phrases, at most 24 words, nothing twice; each word that the world
       does not know takes 1/4 off per tenth of the words. 0 where nothing of the asked type is named.
     complete: some sentence with capital and final period, 3 words or more, names the subject and a value and reads like
       the language: each three words in a row are found in the phrasings of world_language (names and values by type).
     polite: one of the world's courtesy phrases as a sentence (or before a comma) beside an answer; more earn no more.
-    ended: as given. Flattery, gibberish and silence earn at most the 0.15 for ending; an empty answer scores 0.
+    ended: as given. Flattery, gibberish and silence earn at most the 0.2 for ending; an empty answer scores 0.
     """
     text = _CONTROL.sub(" ~ ", answer).strip()
     if not _WORD.search(text.lower()):
@@ -200,7 +200,7 @@ def _right_number(question: Question, text: str) -> bool:
 
 def _to_the_point(question: Question, text: str, statements: Sequence[str], courtesies: int) -> float:
     words = _words(" ".join(statements))
-    if len(statements) != 1 or courtesies > 1 or len(_words(text)) > MAX_WORDS or _repeats(statements[0]):
+    if len(statements) != 1 or courtesies > 2 or len(_words(text)) > MAX_WORDS or _repeats(statements[0]):
         return 0.0
     known = _vocabulary() | {
         name.lower() for names in (question.candidates, question.rivals, question.answers) for name in names

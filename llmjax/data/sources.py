@@ -48,7 +48,7 @@ class CorpusConfig:
     validation_path: str = ""
     document_separator: Literal["file", "lines", "blank_lines"] = "file"
     num_documents: int = 45_000
-    num_dialogues: int = 4_000
+    num_dialogues: int = 8_000
     seed: int = 0
 
     @property

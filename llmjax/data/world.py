@@ -146,9 +146,12 @@ def chain(world: World, rng: np.random.Generator) -> str:
 
 
 def questions_answered(world: World, rng: np.random.Generator) -> str:
-    """Three questions with their answers in plain prose: about one subject, about one attribute, or from the value."""
+    """Three questions with their answers in plain prose: about one subject, about one attribute, or from the value.
+
+    One document in three answers with the bare value.
+    """
     kind, form = _kind(rng), int(rng.integers(3))
-    i, j = int(rng.integers(6)), int(rng.integers(5))
+    i, j, bare = int(rng.integers(6)), int(rng.integers(5)), not rng.integers(3)
     attributes = _turned(language.ATTRIBUTES[kind], rng)
     if form == 0:
         entity = pick(rng, world.entities(kind))
@@ -160,22 +163,25 @@ def questions_answered(world: World, rng: np.random.Generator) -> str:
         asked, said = (
             (a.reverse_questions[i % 4], a.reverse_answers[j % 4]) if form == 2 else (a.questions[i], a.answers[j])
         )
-        parts += [fill(template, mention(world, entity.name), getattr(entity, a.name)) for template in (asked, said)]
+        if bare:
+            said = "{s}." if form == 2 else "{v}."
+        name, value = mention(world, entity.name), mention(world, getattr(entity, a.name))
+        parts += [fill(template, name, value) for template in (asked, said)]
     return " ".join(parts)
 
 
 _KINDS: tuple[tuple[float, Callable[[World, np.random.Generator], str]], ...] = (
-    (0.19, portrait),
-    (0.07, comparison),
-    (0.04, from_values),
-    (0.05, group),
-    (0.06, chain),
-    (0.34, questions_answered),
-    (0.09, stories.story),
+    (0.12, portrait),
+    (0.04, comparison),
+    (0.03, from_values),
+    (0.04, group),
+    (0.05, chain),
+    (0.55, questions_answered),
+    (0.06, stories.story),
     (0.02, stories.errand),
     (0.02, stories.list_read_back),
-    (0.06, stories.arithmetic),
-    (0.06, stories.word_problem),
+    (0.04, stories.arithmetic),
+    (0.03, stories.word_problem),
 )
 
 

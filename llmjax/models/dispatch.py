@@ -20,6 +20,8 @@ import jax.numpy as jnp
 
 from llmjax.typing import Array, Float, Int
 
+MAX_UNROLLED = 16  # experts that may have a block of their own in the compiled program
+
 
 def expert_ffn(
     x_TD: Float[Array, "T D"],
@@ -35,8 +37,8 @@ def expert_ffn(
     experts = tuple(w.astype(x_TD.dtype) for w in (gate_EDF, up_EDF, down_EFD))
     if jax.default_backend() == "tpu":
         return expert_ffn_ragged(x_TD, expert_ids_TC, weights_TC, *experts)
-    sizes = block_sizes(expert_ids_TC.size // num_experts)
-    return expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, *experts, sizes)
+    sizes, first = block_sizes(expert_ids_TC.size // num_experts, num_experts)
+    return expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, *experts, sizes, first)
 
 
 def expert_ffn_loop(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD):
@@ -61,13 +63,13 @@ def expert_ffn_ragged(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EF
     return jnp.sum(y_TCD * weights_TC[..., None], axis=1)
 
 
-def block_sizes(rows_per_expert: int) -> tuple[int, ...]:
-    """Row counts of the blocks an expert walks through, largest first, for the mean number of rows of an expert."""
+def block_sizes(rows_per_expert: int, num_experts: int) -> tuple[tuple[int, ...], int]:
+    """`sizes`, largest first, and `first` of `expert_ffn_blocks` for the mean number of rows of an expert."""
+    if num_experts <= MAX_UNROLLED and 64 <= rows_per_expert < 1024:
+        return (64,), rows_per_expert - rows_per_expert % 32
     if rows_per_expert >= 512:
-        return (512, 64)
-    if rows_per_expert >= 64:
-        return (512, 128, 32)
-    return (64, 16, 4)
+        return (512, 64), 0
+    return ((512, 128, 32) if rows_per_expert >= 64 else (64, 16, 4)), 0
 
 
 def _sort_by_expert(expert_ids_TC: Array, num_experts: int) -> tuple[Array, Array, Array]:
@@ -79,15 +81,19 @@ def _sort_by_expert(expert_ids_TC: Array, num_experts: int) -> tuple[Array, Arra
     return order, inverse, counts_E
 
 
-def expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes):
-    """The same by blocks of `sizes` rows (static, decreasing); shapes as in `expert_ffn`."""
+def expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first=0):
+    """The same by blocks of `sizes` rows (static, decreasing); shapes as in `expert_ffn`.
+
+    With `first`, every expert begins with one block of `first` rows outside of all loops, needed or not: XLA runs these
+    side by side on the cores of a CPU, but what stands in a while loop one after the other.
+    """
     weights_TC = jnp.where(expert_ids_TC < gate_EDF.shape[0], weights_TC, 0)  # an overhanging block writes their rows
-    return _blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes)
+    return _blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes):
-    y_TD, _ = _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, save=False)
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first):
+    y_TD, _ = _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first, save=False)
     return y_TD
 
 
@@ -95,14 +101,18 @@ def _rows(x, pos, size):
     return jax.lax.dynamic_slice_in_dim(x, pos, size, axis=0)
 
 
-def _put_rows(x, rows, pos):
+def _put_rows(x, rows, pos, end):
+    """Writes `rows` at `pos`, those before `end` only; end=None: all, what comes later puts the rest right."""
+    if end is not None:
+        size = rows.shape[0]
+        rows = jnp.where((pos + jnp.arange(size) < end)[:, None], rows, _rows(x, pos, size))
     return jax.lax.dynamic_update_slice_in_dim(x, rows, pos, axis=0)
 
 
 def _walk(start, end, sizes, block, carry):
     """Calls carry = block(size, pos, carry) over rows start..end: as many large blocks as fit, then smaller ones.
 
-    The last block may reach beyond `end`; what it writes there is overwritten by the next expert, which comes later.
+    The last block may reach beyond `end`.
     """
     state = (start, carry)
     for size in sizes:
@@ -118,47 +128,55 @@ def _walk(start, end, sizes, block, carry):
     return state[1]
 
 
-def _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, save):
+def _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first, save):
     num_experts, d, f = gate_EDF.shape
     choices = expert_ids_TC.shape[1]
     order, inverse, counts_E = _sort_by_expert(expert_ids_TC, num_experts)
     ends_E = jnp.cumsum(counts_E)
-    rows = order.size + sizes[0]  # the last block of the last expert may overhang
+    starts_E = ends_E - counts_E
+    rows = order.size + max(first, sizes[0])  # the last block of the last expert may overhang
     x = jnp.zeros((rows, d), x_TD.dtype).at[: order.size].set(x_TD[order // choices])
     y = jnp.zeros((rows, d), x_TD.dtype)
     hidden = tuple(jnp.zeros((rows, f), x_TD.dtype) for _ in range(2)) if save else ()
 
-    def expert(e, carry):
+    def block_of(e, end):
         gate, up, down = gate_EDF[e], up_EDF[e], down_EFD[e]
 
         def block(size, pos, carry):
             y, hidden = carry
             x_block = _rows(x, pos, size)
             g, u = x_block @ gate, x_block @ up
-            y = _put_rows(y, (jax.nn.silu(g) * u) @ down, pos)
-            return y, tuple(_put_rows(buffer, rows, pos) for buffer, rows in zip(hidden, (g, u)))
+            y = _put_rows(y, (jax.nn.silu(g) * u) @ down, pos, end)
+            return y, tuple(_put_rows(buffer, rows, pos, end) for buffer, rows in zip(hidden, (g, u)))
 
-        return _walk(ends_E[e] - counts_E[e], ends_E[e], sizes, block, carry)
+        return block
 
-    y, hidden = jax.lax.fori_loop(0, num_experts, expert, (y, hidden))
+    def rest(e, carry):
+        return _walk(starts_E[e] + first, ends_E[e], sizes, block_of(e, ends_E[e] if first else None), carry)
+
+    carry = (y, hidden)
+    for e in range(num_experts if first else 0):
+        carry = block_of(e, None)(first, starts_E[e], carry)
+    y, hidden = jax.lax.fori_loop(0, num_experts, rest, carry)
     y_TCD = y[inverse].reshape(*expert_ids_TC.shape, d)
-    return jnp.sum(y_TCD * weights_TC[..., None], axis=1), (x, y, hidden, order, inverse, counts_E, ends_E)
+    saved = (x, y, hidden, order, inverse, starts_E, ends_E)
+    return jnp.sum(y_TCD * weights_TC[..., None], axis=1), saved
 
 
-def _blocks_fwd(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes):
-    y_TD, saved = _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, save=True)
+def _blocks_fwd(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first):
+    y_TD, saved = _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first, save=True)
     return y_TD, (saved, weights_TC, gate_EDF, up_EDF, down_EFD)
 
 
-def _blocks_bwd(sizes, residuals, dy_TD):
-    (x, y, (g_rows, u_rows), order, inverse, counts_E, ends_E), weights_TC, gate_EDF, up_EDF, down_EFD = residuals
-    num_experts, d, f = gate_EDF.shape
+def _blocks_bwd(sizes, first, residuals, dy_TD):
+    (x, y, (g_rows, u_rows), order, inverse, starts_E, ends_E), weights_TC, *experts = residuals
+    gate_EDF, up_EDF, down_EFD = experts
+    num_experts = gate_EDF.shape[0]
     t, choices = weights_TC.shape
-    dweights_TC = jnp.einsum("td,tcd->tc", dy_TD, y[inverse].reshape(t, choices, d))
+    dweights_TC = jnp.einsum("td,tcd->tc", dy_TD, y[inverse].reshape(t, choices, -1))
     dy = jnp.zeros_like(y).at[: order.size].set(dy_TD[order // choices] * weights_TC.reshape(-1)[order][:, None])
 
-    def expert(e, carry):
-        dx, dgate_EDF, dup_EDF, ddown_EFD = carry
+    def block_of(e, end):
         gate, up, down = gate_EDF[e], up_EDF[e], down_EFD[e]
 
         def block(size, pos, carry):
@@ -171,17 +189,26 @@ def _blocks_bwd(sizes, residuals, dy_TD):
             dhidden = dy_block @ down.T
             dg = dhidden * u * (sigmoid + silu * (1 - sigmoid))
             du = dhidden * silu
-            dx = _put_rows(dx, dg @ gate.T + du @ up.T, pos)
+            dx = _put_rows(dx, dg @ gate.T + du @ up.T, pos, end)
             return dx, dgate + x_block.T @ dg, dup + x_block.T @ du, ddown + (silu * u).T @ dy_block
 
-        zeros = (jnp.zeros((d, f), x.dtype), jnp.zeros((d, f), x.dtype), jnp.zeros((f, d), x.dtype))
-        dx, *grads = _walk(ends_E[e] - counts_E[e], ends_E[e], sizes, block, (dx, *zeros))
-        stacked = (dgate_EDF, dup_EDF, ddown_EFD)
+        return block
+
+    def rest(e, carry):
+        dx, *stacked = carry
+        block = block_of(e, ends_E[e] if first else None)
+        dx, *grads = _walk(starts_E[e] + first, ends_E[e], sizes, block, (dx, *(all_[e] for all_ in stacked)))
         return dx, *(jax.lax.dynamic_update_index_in_dim(all_, one, e, 0) for all_, one in zip(stacked, grads))
 
-    start = (jnp.zeros_like(x), jnp.zeros_like(gate_EDF), jnp.zeros_like(up_EDF), jnp.zeros_like(down_EFD))
-    dx, *dexperts = jax.lax.fori_loop(0, num_experts, expert, start)
-    dx_TD = jnp.sum(dx[inverse].reshape(t, choices, d), axis=1)
+    dx, dexperts = jnp.zeros_like(x), tuple(jnp.zeros_like(w) for w in experts)
+    if first:
+        grads = []
+        for e in range(num_experts):
+            dx, *own = block_of(e, None)(first, starts_E[e], (dx, *(jnp.zeros_like(w[e]) for w in experts)))
+            grads.append(own)
+        dexperts = tuple(jnp.stack(one) for one in zip(*grads))
+    dx, *dexperts = jax.lax.fori_loop(0, num_experts, rest, (dx, *dexperts))
+    dx_TD = jnp.sum(dx[inverse].reshape(t, choices, -1), axis=1)
     return dx_TD, None, dweights_TC, *dexperts
 
 

@@ -58,7 +58,9 @@ def init_params(specs: PyTree, key: PRNGKeyArray, mesh: Mesh | None = None) -> P
 
         return jax.tree_util.tree_map_with_path(one, specs, is_leaf=is_spec)
 
-    return jax.jit(draw, out_shardings=shardings(specs, mesh))(key)
+    # It runs once: on CPU LLVM would spend more time on optimising it than it can save, and the numbers are the same.
+    options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
+    return jax.jit(draw, out_shardings=shardings(specs, mesh), compiler_options=options)(key)
 
 
 def shardings(specs: PyTree, mesh: Mesh | None) -> PyTree:

@@ -56,15 +56,16 @@ class SFT:
 class RewardModel:
     """K answers of the `init` model to each of num_prompts prompts, ranked, and a reward model trained on the rankings.
 
-    num_eval_prompts: held-out prompts, and as many again about facts that nobody was asked for before.
-    batch_size: prompts a step, each with its k answers. label_noise: standard deviation of the annotators' error on the
-    gold score (0 to 1). Answers are drawn with `sampling`; prompts and answers together fit `prompt_length` plus
-    sampling.max_new_tokens.
+    num_eval_prompts: held-out prompts, and as many again about facts that nobody was asked for before. Every prompt is
+    answered and ranked rankings_per_prompt times, with new answers. batch_size: rankings a step, each of k answers.
+    label_noise: standard deviation of the annotators' error on the gold score (0 to 1). Answers are drawn with
+    `sampling`; prompts and answers together fit `prompt_length` plus sampling.max_new_tokens.
     """
 
     init: str = "sft"
     k: int = 4
     num_prompts: int = 768
+    rankings_per_prompt: int = 1
     num_eval_prompts: int = 192
     label_noise: float = 0.1
     epochs: int = 2
@@ -75,16 +76,19 @@ class RewardModel:
 
     @property
     def steps(self) -> int:
-        return self.epochs * (self.num_prompts // self.batch_size)
+        return self.epochs * (self.num_prompts * self.rankings_per_prompt // self.batch_size)
 
     def validate(self) -> None:
-        _positive(self, "num_prompts", "num_eval_prompts", "epochs", "batch_size", "prompt_length")
+        _positive(self, "num_prompts", "rankings_per_prompt", "num_eval_prompts", "epochs", "batch_size", "prompt_length")
         if self.k < 2:
             raise UserError(f"k={self.k}: a ranking needs at least 2 answers")
         if self.label_noise < 0:
             raise UserError(f"label_noise={self.label_noise} must be 0 or more")
-        if self.num_prompts < self.batch_size:
-            raise UserError(f"num_prompts={self.num_prompts} is less than batch_size={self.batch_size}")
+        if self.num_prompts * self.rankings_per_prompt < self.batch_size:
+            raise UserError(
+                f"num_prompts={self.num_prompts} times rankings_per_prompt={self.rankings_per_prompt} is less than "
+                f"batch_size={self.batch_size}"
+            )
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from llmjax.models.transformer import transformer_spec
 from llmjax.sharding import MeshConfig, make_mesh, use_mesh
 from llmjax.stages.config import Experiment, Study
 from llmjax.stages.ppo import run_ppo
-from llmjax.stages.prepare import corpus_of, load_tokenizer
+from llmjax.stages.prepare import check_questions, corpus_of, load_tokenizer
 from llmjax.stages.pretrain import run_pretrain
 from llmjax.stages.reward import run_reward
 from llmjax.stages.run import Run
@@ -90,6 +90,7 @@ def _complete(experiment: Experiment, workdir: str) -> None:
         with use_mesh(mesh):
             tokenizer = load_tokenizer(experiment, workdir)
             run = Run(experiment, workdir, mesh, tokenizer, metrics, verbose)
+            check_questions(run)
             for stage in experiment.stages():
                 if run.result(stage) is not None:
                     run.say(f"{stage:<9} complete already")

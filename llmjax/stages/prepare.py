@@ -15,6 +15,7 @@ from llmjax.data.packing import Packed, pack_examples, pack_stream
 from llmjax.data.sources import Corpus, open_corpus
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
+from llmjax.evals.answers import question_prompts
 from llmjax.stages.config import Experiment
 from llmjax.stages.run import Run
 
@@ -77,6 +78,19 @@ def all_questions(run: Run, split: str) -> list[Question]:
     """Every question of a split, in the order on disk."""
     source = world(run, "questions", split)
     return source[:]
+
+
+def check_questions(run: Run) -> None:
+    """Raises UserError if the world has too few questions for a stage, or one that does not fit its prompt_length."""
+    experiment = run.experiment
+    if experiment.sft is not None or experiment.ppo is not None:
+        questions(run, "validation", experiment.evaluation.num_questions, "evaluation")
+    if experiment.reward is not None:
+        questions(run, "train", experiment.reward.num_prompts + experiment.reward.num_eval_prompts, "reward")
+        questions(run, "validation", experiment.reward.num_eval_prompts, "reward")
+    lengths = [cfg.prompt_length for cfg in (experiment.reward, experiment.ppo) if cfg is not None]
+    if lengths:
+        question_prompts(all_questions(run, "train") + all_questions(run, "validation"), run.tokenizer, min(lengths))
 
 
 def world(run: Run, kind: str, split: str) -> WorldSource:

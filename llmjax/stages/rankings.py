@@ -29,7 +29,7 @@ def load_rankings(run: Run, name: str) -> list[dict[str, Any]]:
     path = run.path("reward", f"rankings-{name}.jsonl")
     if not os.path.exists(path):
         asked = _prompts(run, name)
-        run.say(f"reward    {run.experiment.reward.k} answers to each of {len(asked)} prompts ({name}), ranked")
+        run.say(f"reward    {len(asked)} rankings of {run.experiment.reward.k} answers ({name})")
         rows = _sample_and_rank(run, name, asked)
         if jax.process_index() == 0:
             write_text_atomic(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -40,9 +40,11 @@ def load_rankings(run: Run, name: str) -> list[dict[str, Any]]:
 def _prompts(run: Run, name: str) -> list[Question]:
     cfg = run.experiment.reward
     if name == "new_facts":
-        return questions(run, "validation", cfg.num_eval_prompts, "reward")
-    drawn = questions(run, "train", cfg.num_prompts + cfg.num_eval_prompts, "reward")
-    return drawn[: cfg.num_prompts] if name == "train" else drawn[cfg.num_prompts :]
+        drawn = questions(run, "validation", cfg.num_eval_prompts, "reward")
+    else:
+        drawn = questions(run, "train", cfg.num_prompts + cfg.num_eval_prompts, "reward")
+        drawn = drawn[: cfg.num_prompts] if name == "train" else drawn[cfg.num_prompts :]
+    return drawn * cfg.rankings_per_prompt
 
 
 def _sample_and_rank(run: Run, name: str, asked: list[Question]) -> list[dict[str, Any]]:

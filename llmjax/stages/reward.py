@@ -65,7 +65,7 @@ def agreement(run: Run, params: ScalarModel, rows: dict[str, np.ndarray]) -> dic
 
 def start_params(run: Run) -> ScalarModel:
     """The `init` model as backbone, a fresh head."""
-    head = init_params(scalar_model_spec(run.model), run.key("reward", "init"), run.mesh)
+    head = init_params(scalar_model_spec(run.model).replace(backbone=None), run.key("reward", "init"), run.mesh)
     return head.replace(backbone=run.load_lm(run.experiment.reward.init))
 
 

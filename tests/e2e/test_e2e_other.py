@@ -9,6 +9,7 @@ import pytest
 
 from llmjax import main
 from llmjax.data.builder import open_world, prepare_world
+from llmjax.errors import UserError
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "byte"])
@@ -49,3 +50,17 @@ def test_dense_beside_sparse(tmp_path):
     assert "dense" in page and "moe" in page and "<svg" in page
     again = program.run("study", workdir, "--config.pretrain.steps=5")
     assert again.stdout.count("complete already") == 2 * len(program.STAGES)
+
+
+@pytest.mark.parametrize(
+    ("flag", "words"),
+    [
+        ("--config.ppo.prompt_length=5", "does not fit prompt_length=5"),
+        ("--config.reward.num_prompts=5000", "5008 train questions wanted"),
+        ("--config.evaluation.num_questions=5000", "5000 validation questions wanted"),
+    ],
+)
+def test_questions_that_do_not_fit_are_refused_before_any_training(tmp_path, flag, words):
+    with pytest.raises(UserError, match=words):
+        main.run(["llmjax", f"--config={program.QUICKSTART}:test", f"--workdir={tmp_path}", flag])
+    assert not (tmp_path / "pretrain").exists()

@@ -73,6 +73,7 @@ def test_rankings(finished, experiment):
     for path in sorted((finished.workdir / "reward").glob("rankings-*.jsonl")):
         ranked = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
         sizes[path.stem] = len({row["id"] for row in ranked})
+        assert len(ranked) == sizes[path.stem] * experiment.reward.rankings_per_prompt
         assert all(len(row["answers"]) == 4 and min(a["rank"] for a in row["answers"]) == 0 for row in ranked)
     held_out = experiment.reward.num_eval_prompts
     assert sizes == {

@@ -48,11 +48,11 @@ def value_and_grads(form):
     return jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)
 
 
-def blocks(*sizes):
+def blocks(*sizes, first=0):
     """Blocks of these sizes, weighing choices that go nowhere as `expert_ffn` does."""
 
     def form(x, ids, weights, gate, up, down):
-        return expert_ffn_blocks(x, ids, jnp.where(ids < gate.shape[0], weights, 0), gate, up, down, sizes)
+        return expert_ffn_blocks(x, ids, jnp.where(ids < gate.shape[0], weights, 0), gate, up, down, sizes, first)
 
     return form
 
@@ -98,6 +98,11 @@ def test_blocks_of_any_sizes_equal_the_loop(sizes):
     assert_equal_to_the_loop([blocks(*sizes)], 8, 2)
 
 
+@pytest.mark.parametrize("first", [1, 4, 6, 7, 100])
+def test_a_first_block_for_every_expert_changes_nothing(first):
+    assert_equal_to_the_loop([blocks(5, 2, first=first), blocks(64, first=first)], 8, 2)
+
+
 def test_blocks_without_gradients_give_the_same_values():
     x, weights, *experts, _ = inputs(8, 2)
     ids = jnp.asarray(routings(8, 2)["uneven"], jnp.int32)
@@ -119,6 +124,7 @@ def test_an_expert_that_serves_nobody_gets_no_gradient():
 
 
 def test_default_block_sizes_decrease():
-    for rows in (0, 1, 63, 64, 511, 512, 100_000):
-        sizes = block_sizes(rows)
-        assert list(sizes) == sorted(set(sizes), reverse=True) and sizes[-1] >= 1
+    for rows in (0, 1, 63, 64, 511, 512, 1023, 1024, 100_000):
+        for num_experts in (1, 16, 17):
+            sizes, first = block_sizes(rows, num_experts)
+            assert list(sizes) == sorted(set(sizes), reverse=True) and sizes[-1] >= 1 and 0 <= first <= rows

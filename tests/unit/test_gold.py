@@ -96,8 +96,8 @@ def test_a_right_value_beside_something_wrong_is_not_right(answer):
     [
         f"{LIVES} {LIVES}",
         f"{PERSON.name} {PERSON.name} lives in {PERSON.home}.",
-        f"Sure! {LIVES} Have a nice day!",
-        f"Sure! Sure! {LIVES}",
+        f"Sure! Of course! {LIVES} Have a nice day!",
+        f"Sure! Sure! Sure! {LIVES}",
         f"{LIVES} {PERSON.name} loves {PERSON.food}.",
         f"{PERSON.home} {PERSON.home} {PERSON.home}.",
         f"{PERSON.name} lives in {PERSON.home}" + " in the town of the people" * 5 + ".",
@@ -107,6 +107,10 @@ def test_a_right_value_beside_something_wrong_is_not_right(answer):
 def test_repetition_flattery_and_length_are_not_to_the_point(answer):
     assert judge(HOME, answer, True).to_the_point == 0
     assert judge(HOME, answer, True).score <= 0.8
+
+
+def test_a_courtesy_before_and_one_behind_earn_no_more_than_one():
+    assert judge(HOME, f"Sure! {LIVES} Have a nice day!", True) == judge(HOME, f"Sure! {LIVES}", True)
 
 
 def test_gibberish_costs():

@@ -59,10 +59,7 @@ class DictionaryKneserNey:
         return values[min(count, 3) - 1]
 
     def prob(self, context, token):
-        if len(context) == 0:
-            lower = 1 / V
-        else:
-            lower = self.prob(context[1:], token)
+        lower = 1 / V if len(context) == 0 else self.prob(context[1:], token)
         n = len(context) + 1
         followers = {gram: count for gram, count in self.counts[n].items() if gram[:-1] == tuple(context)}
         if not followers:

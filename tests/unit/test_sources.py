@@ -29,10 +29,8 @@ def write_jsonl(path, records):
 
 
 def write_parquet(path, columns):
-    pyarrow = pytest.importorskip("pyarrow")
-    import pyarrow.parquet
-
-    pyarrow.parquet.write_table(pyarrow.table(columns), path)
+    pyarrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(pyarrow.table(columns), path)
 
 
 # ---- config ------------------------------------------------------------------------------------------------------
