@@ -75,8 +75,11 @@ def run(argv: Sequence[str]) -> None:
         run_experiment(config, values.workdir, command)
 
 
-def call(program, argv: Sequence[str]) -> None:
-    """Prepares the process, runs program(argv), and turns a UserError into one line on stderr and exit status 2."""
+def call(program, argv: Sequence[str], interrupted: str = "stopped") -> None:
+    """Prepares the process, runs program(argv), and turns a UserError into one line on stderr and exit status 2.
+
+    interrupted: what to say after Ctrl-C.
+    """
     runtime.keep_freed_memory()
     runtime.quiet_libraries()
     try:
@@ -85,7 +88,7 @@ def call(program, argv: Sequence[str]) -> None:
         print(f"{argv[0].rsplit('/', 1)[-1]}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(interrupted, file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:  # whoever read our output has gone, as in `llmjax --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
@@ -94,7 +97,7 @@ def call(program, argv: Sequence[str]) -> None:
 
 def main() -> None:
     """The console command llmjax."""
-    call(run, sys.argv)
+    call(run, sys.argv, interrupted="stopped; the same command goes on from the last checkpoint")
 
 
 if __name__ == "__main__":
