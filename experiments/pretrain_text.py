@@ -9,6 +9,7 @@ Quote the glob; several are separated by commas. The last tenth of the text is h
 
 Expected on tinyshakespeare (1.1 MB), last tenth held out: bytes 2.16 bits per byte (1.50 nats a character), where the 5-gram
 model that is printed beside it reaches 2.25. On a text this small a BPE does not help: its 5-gram model is hard to beat.
+On 3.8 MB of TinyStories the BPE reaches 1.13 bits per byte, its 5-gram model 1.20.
 Hardware: 2 CPU cores, 5 minutes.
 """
 
