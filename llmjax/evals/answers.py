@@ -36,13 +36,17 @@ class Answer:
     kl: float = 0.0
 
 
-def question_prompts(questions: Sequence[Question], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
-    """tokens and segment_ids [N, length] int32 of one-turn chats, padded on the left, ready for an answer."""
-    rows = [
+def question_tokens(questions: Sequence[Question], tokenizer: Tokenizer) -> list[list[int]]:
+    """Each question as a one-turn chat that an answer goes on from."""
+    return [
         encode_chat(tokenizer, [{"role": "user", "content": q.text}], add_generation_prompt=True).tokens
         for q in questions
     ]
-    tokens, segment_ids = left_pad(rows, length, tokenizer.pad_id)
+
+
+def question_prompts(questions: Sequence[Question], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
+    """`question_tokens` padded on the left: tokens and segment_ids [N, length] int32. Raises UserError if one is longer."""
+    tokens, segment_ids = left_pad(question_tokens(questions, tokenizer), length, tokenizer.pad_id)
     return {"tokens": tokens, "segment_ids": segment_ids}
 
 

@@ -3,8 +3,9 @@
 Two forms of one function, tested equal to `expert_ffn_loop`:
 
 * blocks: tokens are sorted by expert, and each expert walks over its rows in blocks of decreasing size inside while
-  loops, so the work is that of the chosen experts and no more, with static shapes. A custom VJP keeps both directions free
-  of scatters. This is the form for CPU, where `lax.ragged_dot` is a masked product over all experts.
+  loops, so the work is that of the chosen experts and no more, with static shapes; few experts with few rows each begin
+  with one block outside of the loops (`first`). A custom VJP keeps both directions free of scatters. This is the form for
+  CPU, where `lax.ragged_dot` is a masked product over all experts.
 * ragged: `lax.ragged_dot`, native on TPU.
 
 An expert id equal to the number of experts marks a row that no local expert serves (padding, or an expert that lives on

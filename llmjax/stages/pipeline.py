@@ -22,7 +22,7 @@ from llmjax.models.transformer import transformer_spec
 from llmjax.sharding import MeshConfig, make_mesh, use_mesh
 from llmjax.stages.config import Experiment, Study
 from llmjax.stages.ppo import run_ppo
-from llmjax.stages.prepare import check_questions, corpus_of, load_tokenizer
+from llmjax.stages.prepare import check_num_questions, check_prompt_length, corpus_of, load_tokenizer
 from llmjax.stages.pretrain import run_pretrain
 from llmjax.stages.reward import run_reward
 from llmjax.stages.run import Run
@@ -70,6 +70,7 @@ def check(experiment: Experiment, workdir: str) -> None:
     # The vocabulary may not be known yet; this size divides, whatever the mesh.
     vocab_size = experiment.model.vocab_size or experiment.mesh.tensor
     shardings(transformer_spec(replace(experiment.model, vocab_size=vocab_size)), make_mesh(experiment.mesh))
+    check_num_questions(experiment)
     _check_place(workdir)
     path = os.path.join(workdir, "config.json")
     if os.path.exists(path):
@@ -90,7 +91,7 @@ def _complete(experiment: Experiment, workdir: str) -> None:
         with use_mesh(mesh):
             tokenizer = load_tokenizer(experiment, workdir)
             run = Run(experiment, workdir, mesh, tokenizer, metrics, verbose)
-            check_questions(run)
+            check_prompt_length(run)
             for stage in experiment.stages():
                 if run.result(stage) is not None:
                     run.say(f"{stage:<9} complete already")

@@ -8,14 +8,16 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from llmjax.data import dialogues
 from llmjax.data.builder import WorldSource, open_world, prepare_world
 from llmjax.data.chat import encode_chat
 from llmjax.data.dialogues import Question
 from llmjax.data.packing import Packed, pack_examples, pack_stream
 from llmjax.data.sources import Corpus, open_corpus
 from llmjax.data.tokenizer import Tokenizer
+from llmjax.data.world import make_world
 from llmjax.errors import UserError
-from llmjax.evals.answers import question_prompts
+from llmjax.evals.answers import question_tokens
 from llmjax.stages.config import Experiment
 from llmjax.stages.run import Run
 
@@ -58,18 +60,18 @@ def sft_data(run: Run) -> tuple[Packed, Packed]:
     length = run.experiment.sft.length
 
     def pack(split: str) -> Packed:
-        dialogues = world(run, "dialogues", split)
-        chats = (encode_chat(run.tokenizer, dialogue["messages"]) for dialogue in dialogues)
+        chats = (encode_chat(run.tokenizer, chat["messages"]) for chat in world(run, "dialogues", split))
         return pack_examples(((chat.tokens, chat.loss_mask) for chat in chats), length)
 
     return tuple(_once(run, f"sft-{split}-{length}", lambda s=split: pack(s)) for split in ("train", "validation"))
 
 
 def questions(run: Run, split: str, num: int, purpose: str) -> list[Question]:
-    """`num` questions of the world, drawn without replacement in an order of their own for each purpose."""
+    """`num` questions of the world, drawn without replacement in an order of their own for each purpose.
+
+    There are enough: see `check_num_questions`.
+    """
     source = world(run, "questions", split)
-    if num > len(source):
-        raise UserError(f"{purpose}: {num} {split} questions wanted, the world has {len(source)}; ask for fewer")
     order = np.random.default_rng([run.experiment.seed, *purpose.encode()]).permutation(len(source))
     return source.__getitems__([int(i) for i in order[:num]])
 
@@ -80,17 +82,33 @@ def all_questions(run: Run, split: str) -> list[Question]:
     return source[:]
 
 
-def check_questions(run: Run) -> None:
-    """Raises UserError if the world has too few questions for a stage, or one that does not fit its prompt_length."""
-    experiment = run.experiment
+def check_num_questions(experiment: Experiment) -> None:
+    """Raises UserError if a stage asks for more questions than the world has. Reads and writes no file."""
+    reward, evaluation = experiment.reward, experiment.evaluation
+    wanted = []
     if experiment.sft is not None or experiment.ppo is not None:
-        questions(run, "validation", experiment.evaluation.num_questions, "evaluation")
-    if experiment.reward is not None:
-        questions(run, "train", experiment.reward.num_prompts + experiment.reward.num_eval_prompts, "reward")
-        questions(run, "validation", experiment.reward.num_eval_prompts, "reward")
-    lengths = [cfg.prompt_length for cfg in (experiment.reward, experiment.ppo) if cfg is not None]
-    if lengths:
-        question_prompts(all_questions(run, "train") + all_questions(run, "validation"), run.tokenizer, min(lengths))
+        wanted.append(("evaluation.num_questions", evaluation.num_questions, "validation"))
+    if reward is not None:
+        wanted.append(("reward.num_prompts + reward.num_eval_prompts", reward.num_prompts + reward.num_eval_prompts, "train"))
+        wanted.append(("reward.num_eval_prompts", reward.num_eval_prompts, "validation"))
+    for name, number, split in wanted:
+        there = len(dialogues.questions(make_world(experiment.data.seed), split))
+        if number > there:
+            raise UserError(f"{name}={number}: the world has {there} {split} questions; ask for that many or fewer")
+
+
+def check_prompt_length(run: Run) -> None:
+    """Raises UserError if some question of the world does not fit the prompt_length of a stage."""
+    for name in ("reward", "ppo"):
+        cfg = getattr(run.experiment, name)
+        if cfg is not None and run.result(name) is None:
+            asked = all_questions(run, "train") + all_questions(run, "validation")
+            longest = max(len(tokens) for tokens in question_tokens(asked, run.tokenizer))
+            if longest > cfg.prompt_length:
+                raise UserError(
+                    f"{name}.prompt_length={cfg.prompt_length}: the longest question has {longest} tokens; "
+                    f"use --config.{name}.prompt_length={longest} or more"
+                )
 
 
 def world(run: Run, kind: str, split: str) -> WorldSource:

@@ -24,7 +24,7 @@ def load_rankings(run: Run, name: str) -> list[dict[str, Any]]:
 
     name: "train"; "held_out", other prompts about facts that training prompts and dialogues may have asked for as well;
     "new_facts", prompts about facts that nobody has asked for before. rank: 0 is best, equal ranks are ties. gold: the
-    judge's score before the annotator's error.
+    judge's score before the annotator's error. A prompt stands in rankings_per_prompt rows.
     """
     path = run.path("reward", f"rankings-{name}.jsonl")
     if not os.path.exists(path):

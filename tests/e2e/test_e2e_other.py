@@ -55,12 +55,18 @@ def test_dense_beside_sparse(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--config.ppo.prompt_length=5", "does not fit prompt_length=5"),
-        ("--config.reward.num_prompts=5000", "5008 train questions wanted"),
-        ("--config.evaluation.num_questions=5000", "5000 validation questions wanted"),
+        ("--config.reward.num_prompts=5000", r"reward.num_eval_prompts=5008: the world has 1646 train questions"),
+        ("--config.evaluation.num_questions=5000", "evaluation.num_questions=5000: the world has 298 validation"),
     ],
 )
-def test_questions_that_do_not_fit_are_refused_before_any_training(tmp_path, flag, words):
+def test_more_questions_than_there_are_are_refused_before_anything_is_written(tmp_path, flag, words):
     with pytest.raises(UserError, match=words):
-        main.run(["llmjax", f"--config={program.QUICKSTART}:test", f"--workdir={tmp_path}", flag])
+        main.run(["llmjax", f"--config={program.QUICKSTART}:test", f"--workdir={tmp_path / 'run'}", flag])
+    assert not (tmp_path / "run").exists()
+
+
+def test_questions_that_do_not_fit_are_refused_before_any_training(tmp_path):
+    flags = ["llmjax", f"--config={program.QUICKSTART}:test", f"--workdir={tmp_path}"]
+    with pytest.raises(UserError, match=r"use --config.ppo.prompt_length=\d+ or more"):
+        main.run([*flags, "--config.ppo.prompt_length=5"])
     assert not (tmp_path / "pretrain").exists()
