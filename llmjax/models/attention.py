@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from llmjax import sharding
+from llmjax.models.blocked_attention import blocked_attention
 from llmjax.models.cache import LayerCache, append
 from llmjax.models.config import ModelConfig
 from llmjax.models.layers import apply_rope, residual_scale
@@ -18,7 +19,6 @@ from llmjax.models.spec import ParamSpec
 from llmjax.typing import Array, Float, Int
 
 MASKED = -1e30
-NUM_QUERY_BLOCKS = 4
 
 
 @struct.dataclass
@@ -98,32 +98,3 @@ def dot_product_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS:
     scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
     return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(b, t, n, h)
-
-
-def blocked_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segment_ids_BT: Array) -> Array:
-    """The same for a whole sequence in the form that is fast on CPU.
-
-    Each of four query blocks meets only the keys up to its end, which leaves out 3/8 of the scores; heads are folded into
-    the batch (key/value heads repeated), so both products are batched matrix products without transposed operands.
-    """
-    b, t, n, h = q_BTNH.shape
-    group = n // k_BSKH.shape[2]
-    q = _fold_heads(q_BTNH * jnp.asarray(h**-0.5, q_BTNH.dtype))
-    k, v = (_fold_heads(jnp.repeat(x, group, axis=2)) for x in (k_BSKH, v_BSKH))
-    block = t // NUM_QUERY_BLOCKS if t % NUM_QUERY_BLOCKS == 0 else t
-    slots = jnp.arange(t)
-    outputs = []
-    for start in range(0, t, block):
-        end = start + block
-        scores = jnp.einsum("xth,xsh->xts", q[:, start:end], k[:, :end], preferred_element_type=jnp.float32)
-        mask_BTS = _mask(segment_ids_BT[:, start:end], segment_ids_BT[:, :end], slots[start:end], slots[:end])
-        scores = jnp.where(mask_BTS[:, None], scores.reshape(b, n, block, end), MASKED)
-        weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype).reshape(b * n, block, end)
-        outputs.append(jnp.einsum("xts,xsh->xth", weights, v[:, :end]))
-    y = jnp.concatenate(outputs, axis=1)
-    return y.reshape(b, n, t, h).transpose(0, 2, 1, 3)
-
-
-def _fold_heads(x_BTNH: Array) -> Array:
-    b, t, n, h = x_BTNH.shape
-    return x_BTNH.transpose(0, 2, 1, 3).reshape(b * n, t, h)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import tiny
 
-from llmjax.models.attention import blocked_attention, dot_product_attention
+from llmjax.models.attention import dot_product_attention
+from llmjax.models.blocked_attention import blocked_attention
 
 both = pytest.mark.parametrize("cfg", tiny.MODELS.values(), ids=tiny.MODELS.keys())
 
