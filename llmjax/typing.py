@@ -17,6 +17,7 @@ LOGICAL_AXES = {
     "F": "mlp",  # hidden width of a feed-forward layer or of one expert
     "E": "expert",  # experts
     "C": "choice",  # chosen experts of a token (top_k)
+    "R": "latent",  # low-rank vector of latent attention
     "V": "vocab",  # token ids
     "L": "layers",  # Transformer blocks
 }

@@ -46,7 +46,7 @@ def prefill(params: Params, prompt_BT: Array, segment_ids_BT: Array, cfg: ModelC
         positions_BT=positions_BT, segment_ids_BT=segment_ids_BT,
         cache=init_cache(cfg, prompt_BT.shape[0], size),
     )  # fmt: skip
-    return DecodeState(cache, logits(params, x_BTD[:, -1:])[:, 0], positions_BT[:, -1] + 1)
+    return DecodeState(cache, logits(params, x_BTD[:, -1:], cfg)[:, 0], positions_BT[:, -1] + 1)
 
 
 def decode_step(params: Params, state: DecodeState, tokens_B: Array, cfg: ModelConfig) -> DecodeState:
@@ -56,7 +56,7 @@ def decode_step(params: Params, state: DecodeState, tokens_B: Array, cfg: ModelC
         positions_BT=state.position[:, None], segment_ids_BT=jnp.ones((tokens_B.shape[0], 1), jnp.int32),
         cache=state.cache,
     )  # fmt: skip
-    return DecodeState(cache, logits(params, x_BTD)[:, 0], state.position + 1)
+    return DecodeState(cache, logits(params, x_BTD, cfg)[:, 0], state.position + 1)
 
 
 @partial(jax.jit, static_argnames=("cfg", "sampling", "end_id", "pad_id"))

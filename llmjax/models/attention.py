@@ -1,7 +1,8 @@
 """Causal grouped-query attention with segment ids, over a full sequence or a key/value cache.
 
-The mask is one rule everywhere: a query sees the keys whose slot is not later and whose segment id equals its own. Slots
-are places in the array, positions (for RoPE) restart with each packed segment; segment 0 is padding or an empty cache slot.
+The mask is one rule everywhere (`attention_mask`): a query sees the keys whose slot is not later, that lie within the
+layer's window, and whose segment id equals its own. Slots are places in the array, positions (for RoPE) restart with each
+packed segment; segment 0 is padding or an empty cache slot.
 """
 
 from __future__ import annotations
@@ -11,10 +12,10 @@ import jax.numpy as jnp
 from flax import struct
 
 from llmjax import sharding
-from llmjax.models.blocked_attention import blocked_attention
+from llmjax.models.blocked_attention import attention_mask, blocked_attention
 from llmjax.models.cache import LayerCache, append
-from llmjax.models.config import ModelConfig
-from llmjax.models.layers import apply_rope, residual_scale
+from llmjax.models.config import UNLIMITED, ModelConfig
+from llmjax.models.layers import apply_rope, residual_scale, rms_norm
 from llmjax.models.spec import ParamSpec
 from llmjax.typing import Array, Float, Int
 
@@ -23,23 +24,48 @@ MASKED = -1e30
 
 @struct.dataclass
 class Attention:
-    """Projection weights: q [D, N, H]; k, v [D, K, H]; o [N, H, D]."""
+    """Projection weights: q [D, N, H]; k, v [D, K, H]; o [N, H, D]. The rest only where the family has it:
+
+    q_bias [N, H], k_bias, v_bias [K, H], o_bias [D]; q_norm, k_norm [H], or [N, H] and [K, H] over all heads; sinks [N].
+    """
 
     q: Array
     k: Array
     v: Array
     o: Array
+    q_bias: Array | None = None
+    k_bias: Array | None = None
+    v_bias: Array | None = None
+    o_bias: Array | None = None
+    q_norm: Array | None = None
+    k_norm: Array | None = None
+    sinks: Array | None = None
 
 
 def attention_spec(cfg: ModelConfig) -> Attention:
-    """The `ParamSpec` of each projection."""
+    """The `ParamSpec` of each array; None for what the family has not."""
     d, n, k, h = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
     kv = ParamSpec((d, k, h), ("embed", "kv_heads", "head_dim"), std=d**-0.5)
+    kv_bias = ParamSpec((k, h), ("kv_heads", "head_dim"), constant=0.0) if cfg.qkv_bias else None
+
+    def norm(heads, axis):
+        if cfg.qk_norm == "none":
+            return None
+        shape, axes = ((heads, h), (axis, "head_dim")) if cfg.qk_norm == "full" else ((h,), ("head_dim",))
+        return ParamSpec(shape, axes, constant=1.0 - cfg.norm_offset)
+
     return Attention(
         q=ParamSpec((d, n, h), ("embed", "heads", "head_dim"), std=d**-0.5),
         k=kv,
         v=kv,
         o=ParamSpec((n, h, d), ("heads", "head_dim", "embed"), std=(n * h) ** -0.5 * residual_scale(cfg)),
+        q_bias=ParamSpec((n, h), ("heads", "head_dim"), constant=0.0) if cfg.qkv_bias else None,
+        k_bias=kv_bias,
+        v_bias=kv_bias,
+        o_bias=ParamSpec((d,), (None,), constant=0.0) if cfg.out_bias else None,
+        q_norm=norm(n, "heads"),
+        k_norm=norm(k, "kv_heads"),
+        sinks=ParamSpec((n,), ("heads",), constant=0.0) if cfg.attention_sinks else None,
     )
 
 
@@ -48,53 +74,106 @@ def attention(
     x_BTD: Float[Array, "B T D"],
     rope: tuple[Array, Array],
     segment_ids_BT: Int[Array, "B T"],
+    cfg: ModelConfig,
+    window: int | Array = UNLIMITED,
     cache: LayerCache | None = None,
 ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
     """One attention layer: project, rotate, attend (Vaswani et al. 2017, eq. 1; grouped queries arXiv:2305.13245).
 
-    rope: `rope_table` of the positions of x. cache: keys and values of earlier slots; x is appended to it. Returns the
-    output and the cache that now holds x.
+    rope: `rope_table` of the positions of x. window: tokens seen, itself included. cache: keys and values of earlier
+    slots; x is appended to it. Returns the output and the cache that now holds x.
     """
     dtype = x_BTD.dtype
-    q_BTNH = apply_rope(sharding.einsum("BTD,DNH->BTNH", x_BTD, w.q.astype(dtype)), rope)
-    k_BTKH = apply_rope(sharding.einsum("BTD,DKH->BTKH", x_BTD, w.k.astype(dtype)), rope)
-    v_BTKH = sharding.einsum("BTD,DKH->BTKH", x_BTD, w.v.astype(dtype))
+
+    def project(weight, bias, norm, kind):
+        y = sharding.einsum(f"BTD,D{kind}H->BT{kind}H", x_BTD, weight.astype(dtype))
+        y = y if bias is None else y + bias.astype(dtype)
+        return y if norm is None else rms_norm(y, norm, cfg.norm_eps, cfg.norm_offset)
+
+    q_BTNH = apply_rope(project(w.q, w.q_bias, w.q_norm, "N"), rope)
+    k_BTKH = apply_rope(project(w.k, w.k_bias, w.k_norm, "K"), rope)
+    v_BTKH = project(w.v, w.v_bias, None, "K")
     if cache is None:
-        attend = sharding.local(_attend_sequence, ["BTNH", "BSKH", "BSKH", "BT"], "BTNH")
-        y_BTNH = attend(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT)
+        y_BTNH = attend_sequence(q_BTNH, k_BTKH, v_BTKH, segment_ids_BT, cfg, window, w.sinks)
     else:
         start = cache.length
         cache = append(cache, k_BTKH, v_BTKH, segment_ids_BT)
-        attend = sharding.local(_attend_cached, ["BTNH", "BSKH", "BSKH", "BT", "BS", ""], "BTNH")
-        y_BTNH = attend(q_BTNH, cache.k, cache.v, segment_ids_BT, cache.segment_ids, start)
-    return sharding.einsum("BTNH,NHD->BTD", y_BTNH, w.o.astype(dtype)), cache
+        y_BTNH = attend_cached(q_BTNH, cache.k, cache.v, segment_ids_BT, cache, start, cfg, window, w.sinks)
+    y_BTD = sharding.einsum("BTNH,NHD->BTD", y_BTNH, w.o.astype(dtype))
+    return (y_BTD if w.o_bias is None else y_BTD + w.o_bias.astype(dtype)), cache
 
 
-def _attend_sequence(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT):
-    if jax.default_backend() == "cpu":
-        return blocked_attention(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT)
-    slots = jnp.arange(q_BTNH.shape[1])
-    mask_BTS = _mask(segment_ids_BT, segment_ids_BT, slots, slots)
-    return dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+def _scale(cfg: ModelConfig) -> float:
+    return cfg.attention_scale or cfg.qk_dim**-0.5
 
 
-def _attend_cached(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, k_segments_BS, start):
-    q_slots = start + jnp.arange(q_BTNH.shape[1])
-    mask_BTS = _mask(q_segments_BT, k_segments_BS, q_slots, jnp.arange(k_BSKH.shape[1]))
-    return dot_product_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS)
+def attend_sequence(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, cfg: ModelConfig, window=UNLIMITED, sinks_N=None):
+    """A whole sequence attends to itself: [B, T, N, width of v]."""
+    blocked = jax.default_backend() == "cpu" and not cfg.attention_softcap and sinks_N is None
+
+    def local(q, k, v, segments, window, sinks):
+        if blocked:
+            return blocked_attention(q, k, v, segments, _scale(cfg), window)
+        slots = jnp.arange(q.shape[1])
+        mask_BTS = attention_mask(segments, segments, slots, slots, window)
+        return dot_product_attention(q, k, v, mask_BTS, _scale(cfg), cfg.attention_softcap, sinks)
+
+    return _run_local(local, ["BTNH", "BSKH", "BSKH", "BT"], (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT), window, sinks_N)
 
 
-def _mask(q_segments_BT, k_segments_BS, q_slots_T, k_slots_S):
-    causal_TS = q_slots_T[:, None] >= k_slots_S[None, :]
-    return causal_TS & (q_segments_BT[:, :, None] == k_segments_BS[:, None, :])
+def attend_cached(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, cache, start, cfg, window=UNLIMITED, sinks_N=None, kv="K"):
+    """T new queries attend to a cache in which they begin at slot `start`. kv: letter of the heads' axis in the cache."""
+
+    def local(q, k, v, q_segments, k_segments, start, window, sinks):
+        q_slots = start + jnp.arange(q.shape[1])
+        mask_BTS = attention_mask(q_segments, k_segments, q_slots, jnp.arange(k.shape[1]), window)
+        return dot_product_attention(q, k, v, mask_BTS, _scale(cfg), cfg.attention_softcap, sinks)
+
+    letters = ["BTNH", f"BS{kv}H", f"BS{kv}H", "BT", "BS", ""]
+    args = (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, cache.segment_ids, start)
+    return _run_local(local, letters, args, window, sinks_N)
 
 
-def dot_product_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, mask_BTS: Array) -> Array:
-    """softmax(q k^T / sqrt(H)) v with scores and softmax in float32: the plain form, [B, T, N, H] in and out."""
+def _run_local(fn, letters, args, window, sinks_N):
+    """`fn(*args, window, sinks)` on local arrays; a static window and absent sinks are no arguments of the region."""
+    traced = not isinstance(window, int)
+    letters = [*letters, *([""] if traced else []), *(["N"] if sinks_N is not None else [])]
+    args = [*args, *([window] if traced else []), *([sinks_N] if sinks_N is not None else [])]
+
+    def call(*args):
+        rest = list(args)
+        sinks = rest.pop() if sinks_N is not None else None
+        own_window = rest.pop() if traced else window
+        return fn(*rest, own_window, sinks)
+
+    return sharding.local(call, letters, "BTNH")(*args)
+
+
+def dot_product_attention(
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    mask_BTS: Array,
+    scale: float,
+    softcap: float = 0.0,
+    sinks_N: Array | None = None,
+) -> Array:
+    """softmax(scale q k^T) v with scores and softmax in float32: the plain form. Returns [B, T, N, width of v].
+
+    softcap: scores become softcap tanh(scores / softcap). sinks: a logit per head that takes part in the softmax and
+    carries no value (gpt-oss).
+    """
     b, t, n, h = q_BTNH.shape
     kv_heads = k_BSKH.shape[2]
     q = q_BTNH.reshape(b, t, kv_heads, n // kv_heads, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKH, preferred_element_type=jnp.float32) * h**-0.5
+    scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKH, preferred_element_type=jnp.float32) * scale
+    if softcap:
+        scores = softcap * jnp.tanh(scores / softcap)
     scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v_BSKH.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, v_BSKH).reshape(b, t, n, h)
+    if sinks_N is None:
+        weights = jax.nn.softmax(scores, axis=-1)
+    else:
+        sinks = sinks_N.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
+        column = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
+        weights = jax.nn.softmax(jnp.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]
+    return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BSKH.dtype), v_BSKH).reshape(b, t, n, -1)

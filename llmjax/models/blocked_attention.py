@@ -12,24 +12,37 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from llmjax.models.config import UNLIMITED
 from llmjax.typing import Array
 
 NUM_QUERY_BLOCKS = 4
 _MASKED = -1e30
 
 
-def blocked_attention(q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segment_ids_BT: Array) -> Array:
-    """softmax(q k^T / sqrt(H)) v over the keys of the same segment that are not later, [B, T, N, H] in and out.
+def blocked_attention(
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segment_ids_BT: Array, scale: float, window: int | Array = UNLIMITED
+) -> Array:
+    """softmax(scale * q k^T) v over the keys of the same segment that are not later and less than `window` slots back.
 
-    Scores and softmax in float32. Differentiable once, in q, k and v.
+    Returns [B, T, N, width of v]. Scores and softmax in float32. Differentiable once, in q, k and v.
     """
     b, t, n, h = q_BTNH.shape
     group = n // k_BSKH.shape[2]
-    q_XTH = _fold_heads(q_BTNH * jnp.asarray(h**-0.5, q_BTNH.dtype))
+    q_XTH = _fold_heads(q_BTNH * jnp.asarray(scale, q_BTNH.dtype))
     k_XHS = jnp.repeat(k_BSKH, group, axis=2).transpose(0, 2, 3, 1).reshape(b * n, h, t)
     v_XSH = _fold_heads(jnp.repeat(v_BSKH, group, axis=2))
-    y_XTH = _attend(q_XTH, k_XHS, v_XSH, segment_ids_BT)
-    return y_XTH.reshape(b, n, t, h).transpose(0, 2, 1, 3)
+    static = window if isinstance(window, int) else None
+    y_XTH = _attend(q_XTH, k_XHS, v_XSH, segment_ids_BT, window if static is None else None, static)
+    return y_XTH.reshape(b, n, t, -1).transpose(0, 2, 1, 3)
+
+
+def attention_mask(q_segments_BT, k_segments_BS, q_slots_T, k_slots_S, window=UNLIMITED) -> Array:
+    """[B, T, S] bool: the one rule of who sees whom. window: an int, or a traced scalar in a scan over layers."""
+    distance_TS = q_slots_T[:, None] - k_slots_S[None, :]
+    seen_TS = distance_TS >= 0
+    if not isinstance(window, int) or window < UNLIMITED:
+        seen_TS &= distance_TS < window
+    return seen_TS & (q_segments_BT[:, :, None] == k_segments_BS[:, None, :])
 
 
 def _fold_heads(x_BTNH: Array) -> Array:
@@ -40,18 +53,18 @@ def _fold_heads(x_BTNH: Array) -> Array:
 _product = partial(jax.lax.dot_general, dimension_numbers=(((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.float32)
 
 
-@jax.custom_vjp
-def _attend(q_XTH, k_XHS, v_XSH, segment_ids_BT):
-    return _attend_fwd(q_XTH, k_XHS, v_XSH, segment_ids_BT)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(5,))
+def _attend(q_XTH, k_XHS, v_XSH, segment_ids_BT, traced_window, static_window):
+    return _attend_fwd(q_XTH, k_XHS, v_XSH, segment_ids_BT, traced_window, static_window)[0]
 
 
-def _attend_fwd(q_XTH, k_XHS, v_XSH, segment_ids_BT):
+def _attend_fwd(q_XTH, k_XHS, v_XSH, segment_ids_BT, traced_window, static_window):
     """X = batch x heads. Keeps the weights of the softmax, [X, T / 4, S] for each query block, for the backward pass."""
+    window = traced_window if static_window is None else static_window
     outputs, weights = [], []
     for start, end in _query_blocks(q_XTH.shape[1]):
         slots = jnp.arange(end)
-        same_segment = segment_ids_BT[:, start:end, None] == segment_ids_BT[:, None, :end]
-        mask_BTS = same_segment & (slots[start:, None] >= slots)
+        mask_BTS = attention_mask(segment_ids_BT[:, start:end], segment_ids_BT[:, :end], slots[start:], slots, window)
         scores = _product(q_XTH[:, start:end], k_XHS[:, :, :end])
         by_head = scores.reshape(mask_BTS.shape[0], -1, *mask_BTS.shape[1:])
         probs = jax.nn.softmax(jnp.where(mask_BTS[:, None], by_head, _MASKED), axis=-1)
@@ -61,7 +74,7 @@ def _attend_fwd(q_XTH, k_XHS, v_XSH, segment_ids_BT):
     return y_XTH, (q_XTH, k_XHS, v_XSH, y_XTH, weights)
 
 
-def _attend_bwd(residuals, dy_XTH):
+def _attend_bwd(static_window, residuals, dy_XTH):
     """Masked scores have weight 0, so their gradient is 0 without another look at the mask."""
     q_XTH, k_XHS, v_XSH, y_XTH, weights = residuals
     dtype = dy_XTH.dtype
@@ -77,7 +90,7 @@ def _attend_bwd(residuals, dy_XTH):
         dk_XHS = dk_XHS.at[:, :, :end].add(_product(q_XHT[:, :, start:end], dscores))
         dv_XHS = dv_XHS.at[:, :, :end].add(_product(dy_XHT[:, :, start:end], w))
     dq_XTH = jnp.concatenate(dq, axis=1)
-    return dq_XTH.astype(dtype), dk_XHS.astype(dtype), dv_XHS.swapaxes(1, 2).astype(dtype), None
+    return dq_XTH.astype(dtype), dk_XHS.astype(dtype), dv_XHS.swapaxes(1, 2).astype(dtype), None, None
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

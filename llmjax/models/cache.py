@@ -16,7 +16,8 @@ class LayerCache:
     """Keys and values of one layer.
 
     k, v [B, S, K, H]; segment_ids [B, S] int32, 0 where nothing is stored; length: scalar int32, slots in use (the same
-    for every row: shorter prompts are padded on the left).
+    for every row: shorter prompts are padded on the left). With latent attention k is [B, S, 1, kv_lora_rank + rope_dim],
+    from which the values follow, and v is empty.
     """
 
     k: Array
@@ -27,12 +28,14 @@ class LayerCache:
 
 def init_cache(cfg: ModelConfig, batch: int, size: int) -> tuple[LayerCache, ...]:
     """An empty cache of `size` slots for each layer, in the dtype of activations."""
-    shape = (batch, size, cfg.num_kv_heads, cfg.head_dim)
+    heads, k_dim, v_dim, letters = cfg.num_kv_heads, cfg.head_dim, cfg.head_dim, "BSKH"
+    if cfg.mla is not None:
+        heads, k_dim, v_dim, letters = 1, cfg.mla.kv_lora_rank + cfg.mla.rope_dim, 0, "BS.H"
 
     def layer():
         return LayerCache(
-            k=sharding.constrain(jnp.zeros(shape, cfg.dtype), "BSKH"),
-            v=sharding.constrain(jnp.zeros(shape, cfg.dtype), "BSKH"),
+            k=sharding.constrain(jnp.zeros((batch, size, heads, k_dim), cfg.dtype), letters),
+            v=sharding.constrain(jnp.zeros((batch, size, heads, v_dim), cfg.dtype), letters),
             segment_ids=sharding.constrain(jnp.zeros((batch, size), jnp.int32), "BS"),
             length=jnp.zeros((), jnp.int32),
         )

@@ -1,4 +1,4 @@
-"""The shape of a model. Dense and sparse differ by one field: `ModelConfig.moe`."""
+"""The shape of a model. Dense and sparse differ by one field: `ModelConfig.moe`; families differ by fields alone."""
 
 from __future__ import annotations
 
@@ -7,13 +7,23 @@ from typing import Literal
 
 from llmjax.errors import UserError
 
+UNLIMITED = 2**30  # the window of a layer that sees all earlier tokens
+
 
 @dataclass(frozen=True)
 class MoEConfig:
     """A sparse feed-forward layer: a gating network sends each token to `top_k` of `num_experts` experts.
 
     mlp_dim: hidden width of one expert (active width of a token: top_k * mlp_dim).
-    renormalize: the chosen probabilities are divided by their sum (Mixtral); else used as they are (OLMoE).
+    scoring: scores are the softmax over experts, or a sigmoid of each (DeepSeek-V3, arXiv:2412.19437, eq. 15).
+    renormalize: the chosen scores are divided by their sum (Mixtral); else used as they are (OLMoE).
+    routed_scaling: factor on the gate weights. router_bias: a learned bias on the router's logits (gpt-oss).
+    selection_bias: a bias that is added to the scores for the choice only, never to a weight, and gets no gradient
+        (auxiliary-loss-free balancing, arXiv:2408.15664).
+    num_groups, top_k_groups: experts lie in num_groups groups and a token's experts come from top_k_groups of them; a group
+        is worth its best score, with selection_bias the sum of its two best (arXiv:2412.19437, section 2.1.2).
+    shared_mlp_dim: hidden width of the experts that every token passes besides, 0 for none. first_k_dense: that many
+        layers at the bottom are dense. expert_bias: biases on the experts' matrices (gpt-oss).
     load_balance_coef: weight of the load-balancing loss, which is 1 per layer at perfect balance (Fedus et al. 2021,
         arXiv:2101.03961, eq. 4, divided by top_k).
     z_loss_coef: weight of the router z-loss (Zoph et al. 2022, arXiv:2202.08906, eq. 5).
@@ -25,6 +35,15 @@ class MoEConfig:
     renormalize: bool = True
     load_balance_coef: float = 0.01
     z_loss_coef: float = 1e-3
+    scoring: Literal["softmax", "sigmoid"] = "softmax"
+    routed_scaling: float = 1.0
+    router_bias: bool = False
+    selection_bias: bool = False
+    num_groups: int = 1
+    top_k_groups: int = 1
+    shared_mlp_dim: int = 0
+    first_k_dense: int = 0
+    expert_bias: bool = False
 
     def validate(self) -> None:
         if not 1 <= self.top_k <= self.num_experts:
@@ -35,15 +54,84 @@ class MoEConfig:
             )
         if self.mlp_dim < 1:
             raise UserError(f"mlp_dim={self.mlp_dim} must be positive")
+        for name in ("shared_mlp_dim", "first_k_dense"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise UserError(f"num_groups={self.num_groups} does not divide num_experts={self.num_experts}")
+        if not 1 <= self.top_k_groups <= self.num_groups:
+            raise UserError(f"top_k_groups={self.top_k_groups} must be between 1 and num_groups={self.num_groups}")
+        reachable = self.top_k_groups * self.num_experts // self.num_groups
+        if self.top_k > reachable:
+            raise UserError(f"top_k={self.top_k}, but top_k_groups={self.top_k_groups} hold only {reachable} experts")
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """Rotary frequencies stretched for longer contexts than the model was first trained on.
+
+    kind: "linear" divides all by `factor` (arXiv:2306.15595); "llama3" divides the slow ones (wavelength above
+    original_length / low_freq_factor), keeps the fast ones, blends between (Llama 3.1's own rule); "yarn" blends between
+    beta_fast and beta_slow turns in original_length (arXiv:2309.00071, eq. 21-23; truncate: at whole dimensions) and
+    multiplies the table by attention_factor, 0 for 0.1 ln(factor) + 1.
+    """
+
+    kind: Literal["linear", "llama3", "yarn"] = "llama3"
+    factor: float = 8.0
+    original_length: int = 8192
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    truncate: bool = True
+    attention_factor: float = 0.0
+
+    def validate(self) -> None:
+        if self.factor <= 0 or self.original_length < 1:
+            raise UserError(f"factor={self.factor} and original_length={self.original_length} must be positive")
+
+
+@dataclass(frozen=True)
+class MLAConfig:
+    """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434, section 2.1): keys and values from one latent vector.
+
+    kv_lora_rank: width of that vector, which is what the cache holds, with one rotary key of rope_dim shared by all heads.
+    q_lora_rank: width of the queries' latent vector, 0 for a full matrix. nope_dim, rope_dim: parts of a head's query and key
+    without and with position. v_dim: width of a head's value.
+    """
+
+    kv_lora_rank: int = 512
+    q_lora_rank: int = 1536
+    nope_dim: int = 128
+    rope_dim: int = 64
+    v_dim: int = 128
+
+    def validate(self) -> None:
+        for name in ("kv_lora_rank", "nope_dim", "rope_dim", "v_dim"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be positive")
+        if self.q_lora_rank < 0:
+            raise UserError(f"q_lora_rank={self.q_lora_rank} must be positive, or 0 for a full query matrix")
+        if self.rope_dim % 2:
+            raise UserError(f"rope_dim={self.rope_dim} must be even: RoPE rotates pairs")
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, SwiGLU or mixture of experts.
+    """A decoder-only Transformer: RMSNorm, RoPE, grouped-query attention, gated feed-forward or mixture of experts.
 
     vocab_size: 0 takes the tokenizer's size. dtype: of activations ("bfloat16" on accelerators); parameters,
     norms, softmax, router and losses are float32. layer_loop: "scan" compiles one block whatever the depth,
     "unroll" runs 10-15 % faster on CPU; "auto" chooses by backend. remat: recompute blocks in the backward pass.
+
+    The rest tells families apart. activation: "silu" (SwiGLU), "gelu" (GeGLU, tanh form) or "clipped_silu" (gpt-oss), its
+    inputs clipped at activation_limit. sliding_window: tokens that a local layer sees, itself included; 0: no local layers;
+    global_every: every n-th layer sees everything, 0: none. local_rope_theta: of local layers, 0 for rope_theta, unscaled.
+    qk_norm: RMSNorm of queries and keys per head (Qwen3, Gemma-3) or over all heads ("full", OLMoE). qkv_bias, out_bias:
+    biases of the projections. attention_sinks: a learned logit per head in the softmax's denominator (gpt-oss).
+    attention_scale: 0 for 1/sqrt(width of a query). attention_softcap, logit_softcap: c tanh(x / c), 0 for none (Gemma-2).
+    post_norms: a norm behind each branch too (Gemma). norm_offset: the scale of a norm is weight + norm_offset (Gemma: 1).
+    scale_embedding: embeddings times sqrt(embed_dim) (Gemma). mla: latent attention in place of grouped queries.
     """
 
     vocab_size: int = 0
@@ -60,6 +148,53 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     remat: bool = False
+    activation: Literal["silu", "gelu", "clipped_silu"] = "silu"
+    activation_limit: float = 7.0
+    rope_scaling: RopeScaling | None = None
+    sliding_window: int = 0
+    global_every: int = 0
+    local_rope_theta: float = 0.0
+    qk_norm: Literal["none", "head", "full"] = "none"
+    qkv_bias: bool = False
+    out_bias: bool = False
+    attention_sinks: bool = False
+    attention_scale: float = 0.0
+    attention_softcap: float = 0.0
+    logit_softcap: float = 0.0
+    post_norms: bool = False
+    norm_offset: float = 0.0
+    scale_embedding: bool = False
+    mla: MLAConfig | None = None
+
+    @property
+    def qk_dim(self) -> int:
+        """Width of one head's query and key."""
+        return self.head_dim if self.mla is None else self.mla.nope_dim + self.mla.rope_dim
+
+    @property
+    def v_dim(self) -> int:
+        """Width of one head's value."""
+        return self.head_dim if self.mla is None else self.mla.v_dim
+
+    @property
+    def rope_dim(self) -> int:
+        """Width of the part of a head that is rotated."""
+        return self.head_dim if self.mla is None else self.mla.rope_dim
+
+    @property
+    def num_dense_layers(self) -> int:
+        """Layers at the bottom that are dense although the others are sparse; 0 in a dense model."""
+        return 0 if self.moe is None else self.moe.first_k_dense
+
+    @property
+    def windows(self) -> tuple[int, ...]:
+        """How many tokens each layer sees, itself included; UNLIMITED for a global layer."""
+
+        def one(layer):
+            is_global = self.global_every > 0 and (layer + 1) % self.global_every == 0
+            return UNLIMITED if self.sliding_window == 0 or is_global else self.sliding_window
+
+        return tuple(one(layer) for layer in range(self.num_layers))
 
     def validate(self) -> None:
         for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
@@ -74,3 +209,15 @@ class ModelConfig:
             raise UserError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
         if self.vocab_size < 0:
             raise UserError(f"vocab_size={self.vocab_size} must be positive, or 0 for the tokenizer's size")
+        for name in ("sliding_window", "global_every", "local_rope_theta", "attention_scale"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must be 0 or more")
+        if self.global_every and not self.sliding_window:
+            raise UserError(f"global_every={self.global_every} needs a sliding_window for the layers between")
+        if self.num_dense_layers >= self.num_layers:
+            raise UserError(f"moe.first_k_dense={self.num_dense_layers} leaves no sparse layer of num_layers={self.num_layers}")
+        if self.mla is not None:
+            plain = dict(qk_norm="none", attention_sinks=False, qkv_bias=False, out_bias=False)
+            for name, value in plain.items():
+                if getattr(self, name) != value:
+                    raise UserError(f"{name}={getattr(self, name)} does not go with latent attention (mla)")

@@ -1,5 +1,7 @@
 """Experts on their tokens, without dropping any: y[t] = sum_c weights[t, c] * FFN_{expert_ids[t, c]}(x[t]).
 
+FFN(x) = act(x gate, x up) down, where act is one of `layers.activation`; x may be wider than the output.
+
 Two forms of one function, tested equal to `expert_ffn_loop`:
 
 * blocks: tokens are sorted by expert, and each expert walks over its rows in blocks of decreasing size inside while
@@ -14,13 +16,17 @@ another device); it contributes nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from llmjax.models.layers import activation
 from llmjax.typing import Array, Float, Int
 
+Activation = Callable[[Array, Array], Array]
+_silu = activation("silu", 0.0)
 MAX_UNROLLED = 16  # experts that may have a block of their own in the compiled program
 
 
@@ -31,33 +37,34 @@ def expert_ffn(
     gate_EDF: Float[Array, "E D F"],
     up_EDF: Float[Array, "E D F"],
     down_EFD: Float[Array, "E F D"],
+    act: Activation = _silu,
 ) -> Float[Array, "T D"]:
-    """SwiGLU experts applied to their tokens and summed with their gate weights; dropless, in the backend's best form."""
+    """Gated experts applied to their tokens and summed with their gate weights; dropless, in the backend's best form."""
     num_experts = gate_EDF.shape[0]
     weights_TC = weights_TC.astype(x_TD.dtype)
     experts = tuple(w.astype(x_TD.dtype) for w in (gate_EDF, up_EDF, down_EFD))
     if jax.default_backend() == "tpu":
-        return expert_ffn_ragged(x_TD, expert_ids_TC, weights_TC, *experts)
+        return expert_ffn_ragged(x_TD, expert_ids_TC, weights_TC, *experts, act)
     sizes, first = block_sizes(expert_ids_TC.size // num_experts, num_experts)
-    return expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, *experts, sizes, first)
+    return expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, *experts, sizes, first, act)
 
 
-def expert_ffn_loop(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD):
+def expert_ffn_loop(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, act=_silu):
     """The definition, as a loop over experts that each see every token: the reference for tests."""
-    y_TD = jnp.zeros_like(x_TD)
+    y_TD = jnp.zeros((x_TD.shape[0], down_EFD.shape[2]), x_TD.dtype)
     for e in range(gate_EDF.shape[0]):
         weight_T = jnp.sum(jnp.where(expert_ids_TC == e, weights_TC, 0), axis=1)
-        hidden_TF = jax.nn.silu(x_TD @ gate_EDF[e]) * (x_TD @ up_EDF[e])
+        hidden_TF = act(x_TD @ gate_EDF[e], x_TD @ up_EDF[e])
         y_TD += weight_T[:, None] * (hidden_TF @ down_EFD[e])
     return y_TD
 
 
-def expert_ffn_ragged(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD):
+def expert_ffn_ragged(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, act=_silu):
     """The same by `lax.ragged_dot` over tokens sorted by expert."""
     num_experts = gate_EDF.shape[0]
     order, inverse, counts_E = _sort_by_expert(expert_ids_TC, num_experts)
     x = x_TD[order // expert_ids_TC.shape[1]]
-    hidden = jax.nn.silu(jax.lax.ragged_dot(x, gate_EDF, counts_E)) * jax.lax.ragged_dot(x, up_EDF, counts_E)
+    hidden = act(jax.lax.ragged_dot(x, gate_EDF, counts_E), jax.lax.ragged_dot(x, up_EDF, counts_E))
     y = jax.lax.ragged_dot(hidden, down_EFD, counts_E)
     served = jnp.arange(y.shape[0]) < jnp.sum(counts_E)  # rows behind the groups are not initialised on every backend
     y_TCD = jnp.where(served[:, None], y, 0)[inverse].reshape(*expert_ids_TC.shape, -1)
@@ -82,20 +89,19 @@ def _sort_by_expert(expert_ids_TC: Array, num_experts: int) -> tuple[Array, Arra
     return order, inverse, counts_E
 
 
-def expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first=0):
+def expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first=0, act=_silu):
     """The same by blocks of `sizes` rows (static, decreasing); shapes as in `expert_ffn`.
 
     With `first`, every expert begins with one block of `first` rows outside of all loops, needed or not: XLA runs these
     side by side on the cores of a CPU, but what stands in a while loop one after the other.
     """
     weights_TC = jnp.where(expert_ids_TC < gate_EDF.shape[0], weights_TC, 0)  # an overhanging block writes their rows
-    return _blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first)
+    return _blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first, act)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first):
-    y_TD, _ = _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first, save=False)
-    return y_TD
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _blocks(x_TD, expert_ids_TC, weights_TC, *experts_and_form):
+    return _blocks_forward(x_TD, expert_ids_TC, weights_TC, *experts_and_form, save=False)[0]
 
 
 def _rows(x, pos, size):
@@ -129,14 +135,14 @@ def _walk(start, end, sizes, block, carry):
     return state[1]
 
 
-def _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first, save):
-    num_experts, d, f = gate_EDF.shape
+def _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first, act, save):
+    num_experts, f, d = down_EFD.shape
     choices = expert_ids_TC.shape[1]
     order, inverse, counts_E = _sort_by_expert(expert_ids_TC, num_experts)
     ends_E = jnp.cumsum(counts_E)
     starts_E = ends_E - counts_E
     rows = order.size + max(first, sizes[0])  # the last block of the last expert may overhang
-    x = jnp.zeros((rows, d), x_TD.dtype).at[: order.size].set(x_TD[order // choices])
+    x = jnp.zeros((rows, x_TD.shape[1]), x_TD.dtype).at[: order.size].set(x_TD[order // choices])
     y = jnp.zeros((rows, d), x_TD.dtype)
     hidden = tuple(jnp.zeros((rows, f), x_TD.dtype) for _ in range(2)) if save else ()
 
@@ -147,7 +153,7 @@ def _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD,
             y, hidden = carry
             x_block = _rows(x, pos, size)
             g, u = x_block @ gate, x_block @ up
-            y = _put_rows(y, (jax.nn.silu(g) * u) @ down, pos, end)
+            y = _put_rows(y, act(g, u) @ down, pos, end)
             return y, tuple(_put_rows(buffer, rows, pos, end) for buffer, rows in zip(hidden, (g, u)))
 
         return block
@@ -164,12 +170,13 @@ def _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD,
     return jnp.sum(y_TCD * weights_TC[..., None], axis=1), saved
 
 
-def _blocks_fwd(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first):
-    y_TD, saved = _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first, save=True)
+def _blocks_fwd(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first, act):
+    experts = gate_EDF, up_EDF, down_EFD
+    y_TD, saved = _blocks_forward(x_TD, expert_ids_TC, weights_TC, *experts, sizes, first, act, save=True)
     return y_TD, (saved, weights_TC, gate_EDF, up_EDF, down_EFD)
 
 
-def _blocks_bwd(sizes, first, residuals, dy_TD):
+def _blocks_bwd(sizes, first, act, residuals, dy_TD):
     (x, y, (g_rows, u_rows), order, inverse, starts_E, ends_E), weights_TC, *experts = residuals
     gate_EDF, up_EDF, down_EFD = experts
     num_experts = gate_EDF.shape[0]
@@ -185,13 +192,10 @@ def _blocks_bwd(sizes, first, residuals, dy_TD):
             own = (pos + jnp.arange(size) < ends_E[e])[:, None]
             dy_block = jnp.where(own, _rows(dy, pos, size), 0)
             x_block, g, u = (_rows(buffer, pos, size) for buffer in (x, g_rows, u_rows))
-            sigmoid = jax.nn.sigmoid(g)
-            silu = g * sigmoid
-            dhidden = dy_block @ down.T
-            dg = dhidden * u * (sigmoid + silu * (1 - sigmoid))
-            du = dhidden * silu
+            hidden, act_vjp = jax.vjp(act, g, u)
+            dg, du = act_vjp(dy_block @ down.T)
             dx = _put_rows(dx, dg @ gate.T + du @ up.T, pos, end)
-            return dx, dgate + x_block.T @ dg, dup + x_block.T @ du, ddown + (silu * u).T @ dy_block
+            return dx, dgate + x_block.T @ dg, dup + x_block.T @ du, ddown + hidden.T @ dy_block
 
         return block
 

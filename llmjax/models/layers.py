@@ -1,29 +1,66 @@
-"""The small pieces: RMSNorm, rotary embedding, SwiGLU, token embedding."""
+"""The small pieces: RMSNorm, rotary embedding, gated feed-forward layer, token embedding."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import cache
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 
 from llmjax import sharding
-from llmjax.models.config import ModelConfig
+from llmjax.models.config import ModelConfig, RopeScaling
 from llmjax.models.spec import ParamSpec
 from llmjax.typing import Array, Float, Int
 
 
-def rms_norm(x_BTD: Float[Array, "B T D"], scale_D: Float[Array, "D"], eps: float) -> Float[Array, "B T D"]:
-    """x / sqrt(mean(x^2) + eps) * scale, computed in float32 (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4)."""
+def rms_norm(x_BTD: Float[Array, "B T D"], scale_D: Float[Array, "D"], eps: float, offset: float = 0.0):
+    """x / sqrt(mean(x^2) + eps) * (scale + offset), in float32 (Zhang & Sennrich 2019, arXiv:1910.07467, eq. 4).
+
+    The mean is over the axes of scale, which are the last ones of x. Returns the shape and dtype of x.
+    """
     x = x_BTD.astype(jnp.float32)
-    y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=-1, keepdims=True) + eps)
-    return (y * scale_D).astype(x_BTD.dtype)
+    axes = tuple(range(-scale_D.ndim, 0))
+    y = x * jax.lax.rsqrt(jnp.mean(jnp.square(x), axis=axes, keepdims=True) + eps)
+    return (y * (scale_D + offset if offset else scale_D)).astype(x_BTD.dtype)
 
 
-def rope_table(positions_BT: Int[Array, "B T"], head_dim: int, theta: float) -> tuple[Array, Array]:
+def rope_table(
+    positions_BT: Int[Array, "B T"], head_dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Array, Array]:
     """cos and sin [B, T, H/2] float32 of position * theta^(-2i/H) (Su et al. 2021, arXiv:2104.09864, eq. 15)."""
     frequency = theta ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    factor = 1.0
+    if scaling is not None:
+        frequency, factor = _scaled_frequency(frequency, head_dim, theta, scaling)
     angle = positions_BT.astype(jnp.float32)[..., None] * frequency
-    return jnp.cos(angle), jnp.sin(angle)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    return (cos, sin) if factor == 1.0 else (cos * factor, sin * factor)
+
+
+def _scaled_frequency(frequency: Array, head_dim: int, theta: float, s: RopeScaling) -> tuple[Array, float]:
+    """Frequencies and the factor on cos and sin; see `RopeScaling` for the sources."""
+    stretched = frequency / s.factor
+    if s.kind == "linear":
+        return stretched, 1.0
+    if s.kind == "llama3":
+        turns = s.original_length * frequency / (2 * math.pi)
+        keep = jnp.clip((turns - s.low_freq_factor) / (s.high_freq_factor - s.low_freq_factor), 0, 1)
+        return keep * frequency + (1 - keep) * stretched, 1.0
+
+    def dimension(turns):
+        """The dimension that makes this many turns in the original length (YaRN's find_correction_dim)."""
+        return head_dim * math.log(s.original_length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = dimension(s.beta_fast), dimension(s.beta_slow)
+    if s.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, head_dim - 1)
+    ramp = (jnp.arange(head_dim // 2, dtype=jnp.float32) - low) / max(high - low, 0.001)
+    keep = 1 - jnp.clip(ramp, 0, 1)
+    return keep * frequency + (1 - keep) * stretched, s.attention_factor or 0.1 * math.log(s.factor) + 1.0
 
 
 def apply_rope(x_BTNH: Float[Array, "B T N H"], table: tuple[Array, Array]) -> Float[Array, "B T N H"]:
@@ -34,28 +71,44 @@ def apply_rope(x_BTNH: Float[Array, "B T N H"], table: tuple[Array, Array]) -> F
     return rotated.astype(x_BTNH.dtype)
 
 
+@cache
+def activation(name: str, limit: float) -> Callable[[Array, Array], Array]:
+    """(gate, up) -> hidden of a gated feed-forward layer: `ModelConfig.activation` and `activation_limit`."""
+
+    def silu(gate, up):
+        return jax.nn.silu(gate) * up
+
+    def gelu(gate, up):
+        return jax.nn.gelu(gate, approximate=True) * up
+
+    def clipped_silu(gate, up):
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return gate * jax.nn.sigmoid(1.702 * gate) * (up + 1)  # gpt-oss, reference implementation, `swiglu`
+
+    return {"silu": silu, "gelu": gelu, "clipped_silu": clipped_silu}[name]
+
+
 @struct.dataclass
 class Mlp:
-    """SwiGLU weights: gate, up [D, F]; down [F, D]."""
+    """Weights of a gated feed-forward layer: gate, up [D, F]; down [F, D]."""
 
     gate: Array
     up: Array
     down: Array
 
 
-def mlp_spec(cfg: ModelConfig) -> Mlp:
-    """The `ParamSpec` of each matrix."""
-    d, f = cfg.embed_dim, cfg.mlp_dim
-    into = ParamSpec((d, f), ("embed", "mlp"), std=d**-0.5)
-    out = ParamSpec((f, d), ("mlp", "embed"), std=f**-0.5 * residual_scale(cfg))
+def mlp_spec(cfg: ModelConfig, mlp_dim: int) -> Mlp:
+    """The `ParamSpec` of each matrix, for a hidden width of mlp_dim."""
+    into = ParamSpec((cfg.embed_dim, mlp_dim), ("embed", "mlp"), std=cfg.embed_dim**-0.5)
+    out = ParamSpec((mlp_dim, cfg.embed_dim), ("mlp", "embed"), std=mlp_dim**-0.5 * residual_scale(cfg))
     return Mlp(gate=into, up=into, down=out)
 
 
-def swiglu(w: Mlp, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-    """down(silu(gate(x)) * up(x)) (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
+def gated_mlp(w: Mlp, x_BTD: Float[Array, "B T D"], act: Callable[[Array, Array], Array]) -> Float[Array, "B T D"]:
+    """down(act(gate(x), up(x))): SwiGLU when act is silu(gate) * up (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
     gate_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w.gate.astype(x_BTD.dtype))
     up_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w.up.astype(x_BTD.dtype))
-    return sharding.einsum("BTF,FD->BTD", jax.nn.silu(gate_BTF) * up_BTF, w.down.astype(x_BTD.dtype))
+    return sharding.einsum("BTF,FD->BTD", act(gate_BTF, up_BTF), w.down.astype(x_BTD.dtype))
 
 
 def residual_scale(cfg: ModelConfig) -> float:

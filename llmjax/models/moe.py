@@ -2,10 +2,13 @@
 
 Conventions, fixed here once: f_e is the fraction of all choices that went to expert e (sums to 1 over experts), P_e the mean
 router probability; both over the real tokens of the global batch, never over padding, and per layer. The load-balancing
-loss is E * sum_e f_e P_e, which is 1 at perfect balance and E at collapse with top_k=1. Everything of the router is float32.
+loss is E * sum_e f_e P_e, which is 1 at perfect balance and E at collapse with top_k=1. Sigmoid scores count as probabilities
+once divided by their sum. Groups that were not chosen are out of the choice (-inf). Everything of the router is float32.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +17,29 @@ from flax import struct
 from llmjax import sharding
 from llmjax.models.config import ModelConfig, MoEConfig
 from llmjax.models.dispatch import expert_ffn
-from llmjax.models.layers import residual_scale
+from llmjax.models.layers import Mlp, activation, gated_mlp, mlp_spec, residual_scale
 from llmjax.models.spec import ParamSpec
 from llmjax.typing import Array, Float, Int
 
 
 @struct.dataclass
 class Moe:
-    """router [D, E]; experts' SwiGLU weights gate, up [E, D, F], down [E, F, D]."""
+    """router [D, E]; experts' weights gate, up [E, D, F], down [E, F, D]. The rest only where the family has it:
+
+    router_bias, selection_bias [E]; shared: weights of the experts that every token passes; gate_bias, up_bias [E, F],
+    down_bias [E, D].
+    """
 
     router: Array
     gate: Array
     up: Array
     down: Array
+    router_bias: Array | None = None
+    selection_bias: Array | None = None
+    shared: Mlp | None = None
+    gate_bias: Array | None = None
+    up_bias: Array | None = None
+    down_bias: Array | None = None
 
 
 @struct.dataclass
@@ -46,29 +59,62 @@ class RouterStats:
 
 def moe_spec(cfg: ModelConfig) -> Moe:
     """The `ParamSpec` of router and experts."""
-    d, f, e = cfg.embed_dim, cfg.moe.mlp_dim, cfg.moe.num_experts
+    moe = cfg.moe
+    d, f, e = cfg.embed_dim, moe.mlp_dim, moe.num_experts
     into = ParamSpec((e, d, f), ("expert", "embed", "mlp"), std=d**-0.5)
+    router_bias = ParamSpec((e,), (None,), constant=0.0)
+    hidden_bias = ParamSpec((e, f), ("expert", "mlp"), constant=0.0) if moe.expert_bias else None
     return Moe(
         # Not sharded: every device routes its own tokens.
         router=ParamSpec((d, e), (None, None), std=d**-0.5),
         gate=into,
         up=into,
         down=ParamSpec((e, f, d), ("expert", "mlp", "embed"), std=f**-0.5 * residual_scale(cfg)),
+        router_bias=router_bias if moe.router_bias else None,
+        selection_bias=router_bias if moe.selection_bias else None,
+        shared=mlp_spec(cfg, moe.shared_mlp_dim) if moe.shared_mlp_dim else None,
+        gate_bias=hidden_bias,
+        up_bias=hidden_bias,
+        down_bias=ParamSpec((e, d), ("expert", "embed"), constant=0.0) if moe.expert_bias else None,
     )
 
 
 def top_k_route(
-    logits_BTE: Float[Array, "B T E"], cfg: MoEConfig
+    logits_BTE: Float[Array, "B T E"], cfg: MoEConfig, selection_bias_E: Float[Array, "E"] | None = None
 ) -> tuple[Int[Array, "B T C"], Float[Array, "B T C"], Float[Array, "B T E"]]:
-    """Softmax, then the top_k experts of each token (Shazeer et al. 2017, arXiv:1701.06538; Mixtral arXiv:2401.04088).
+    """The top_k experts of each token by score (Shazeer et al. 2017, arXiv:1701.06538; options: see `MoEConfig`).
 
-    Returns expert ids (ties go to the lower id), gate weights (summing to 1 when `cfg.renormalize`) and probabilities.
+    Returns expert ids (ties go to the lower id), gate weights (summing to routed_scaling when `cfg.renormalize`) and
+    probabilities. The selection bias takes part in the choice alone: it gets no gradient and changes no weight.
     """
-    probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-    weights_BTC, ids_BTC = jax.lax.top_k(probs_BTE, cfg.top_k)
+    if cfg.scoring == "softmax":
+        probs_BTE = scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
+    else:
+        scores_BTE = jax.nn.sigmoid(logits_BTE)
+        probs_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
+    if selection_bias_E is None and cfg.num_groups == 1:
+        weights_BTC, ids_BTC = jax.lax.top_k(scores_BTE, cfg.top_k)
+    else:
+        _, ids_BTC = jax.lax.top_k(jax.lax.stop_gradient(_choice(scores_BTE, cfg, selection_bias_E)), cfg.top_k)
+        weights_BTC = jnp.take_along_axis(scores_BTE, ids_BTC, axis=-1)
     if cfg.renormalize:
         weights_BTC = weights_BTC / jnp.sum(weights_BTC, axis=-1, keepdims=True)
+    if cfg.routed_scaling != 1.0:
+        weights_BTC = weights_BTC * cfg.routed_scaling
     return ids_BTC, weights_BTC, probs_BTE
+
+
+def _choice(scores_BTE, cfg: MoEConfig, selection_bias_E):
+    """What the experts are chosen by: scores with their bias, -inf in the groups that a token does not reach."""
+    choice = scores_BTE if selection_bias_E is None else scores_BTE + selection_bias_E
+    if cfg.num_groups == 1:
+        return choice
+    grouped = choice.reshape(*choice.shape[:-1], cfg.num_groups, -1)
+    best = 1 if selection_bias_E is None else min(2, grouped.shape[-1])
+    worth = jnp.sum(jax.lax.top_k(grouped, best)[0], axis=-1)
+    _, groups = jax.lax.top_k(worth, cfg.top_k_groups)
+    reached = jnp.any(groups[..., None] == jnp.arange(cfg.num_groups), axis=-2)
+    return jnp.where(reached[..., None], grouped, -jnp.inf).reshape(choice.shape)
 
 
 def router_stats(logits_BTE: Array, probs_BTE: Array, ids_BTC: Array, valid_BT: Array) -> RouterStats:
@@ -95,22 +141,33 @@ def router_stats(logits_BTE: Array, probs_BTE: Array, ids_BTC: Array, valid_BT: 
 
 
 def moe_layer(
-    w: Moe, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"], cfg: MoEConfig
+    w: Moe, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"], cfg: ModelConfig
 ) -> tuple[Float[Array, "B T D"], RouterStats]:
     """Routes each token and returns the gate-weighted sum of its experts, dropless, with the router's statistics.
 
-    Tokens of segment 0 are padding: they reach no expert and no statistic.
+    Tokens of segment 0 are padding: they reach no routed expert and no statistic.
     """
+    moe, act = cfg.moe, activation(cfg.activation, cfg.activation_limit)
     valid_BT = segment_ids_BT > 0
     logits_BTE = sharding.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), w.router)
-    ids_BTC, weights_BTC, probs_BTE = top_k_route(logits_BTE, cfg)
+    if w.router_bias is not None:
+        logits_BTE = logits_BTE + w.router_bias
+    ids_BTC, weights_BTC, probs_BTE = top_k_route(logits_BTE, moe, w.selection_bias)
     stats = router_stats(logits_BTE, probs_BTE, ids_BTC, valid_BT)
-    ids_BTC = jnp.where(valid_BT[..., None], ids_BTC, cfg.num_experts)
-    run = sharding.local(_local_experts, ["BTD", "BTC", "BTC", "EDF", "EDF", "EFD"], "BTD")
-    return run(x_BTD, ids_BTC, weights_BTC, w.gate, w.up, w.down), stats
+    ids_BTC = jnp.where(valid_BT[..., None], ids_BTC, moe.num_experts)
+    biases = () if w.gate_bias is None else (w.gate_bias, w.up_bias, w.down_bias)
+    run = sharding.local(
+        partial(_local_experts, act=act),
+        ["BTD", "BTC", "BTC", "EDF", "EDF", "EFD", *(["EF", "EF", "ED"] if biases else [])],
+        "BTD",
+    )
+    y_BTD = run(x_BTD, ids_BTC, weights_BTC, w.gate, w.up, w.down, *biases)
+    if w.shared is not None:
+        y_BTD = y_BTD + gated_mlp(w.shared, x_BTD, act)
+    return y_BTD, stats
 
 
-def _local_experts(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD):
+def _local_experts(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *biases, act):
     """Expert parallelism by all-gather: see the tokens of all expert shards, serve the local experts, reduce-scatter.
 
     The hidden width may be split over `tensor`; its partial sums are added.
@@ -124,13 +181,20 @@ def _local_experts(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD):
         ids_BTC = ids_BTC - jax.lax.axis_index("expert") * experts_here
         ids_BTC = jnp.where((ids_BTC >= 0) & (ids_BTC < experts_here), ids_BTC, experts_here)
     b, t, d = x_BTD.shape
-    choices = ids_BTC.shape[-1]
-    y_TD = expert_ffn(
-        x_BTD.reshape(b * t, d), ids_BTC.reshape(b * t, choices), weights_BTC.reshape(b * t, choices),
-        gate_EDF, up_EDF, down_EFD,
-    )  # fmt: skip
+    x_TD, ids_TC, weights_TC = (a.reshape(b * t, -1) for a in (x_BTD, ids_BTC, weights_BTC))
+    if biases:  # those of the hidden layer as one more input, which is 1
+        gate_bias, up_bias, down_bias = biases
+        gate_EDF, up_EDF = (
+            jnp.concatenate([w, bias[:, None, :]], axis=1) for w, bias in ((gate_EDF, gate_bias), (up_EDF, up_bias))
+        )
+        x_TD = jnp.concatenate([x_TD, jnp.ones_like(x_TD[:, :1])], axis=1)
+    y_TD = expert_ffn(x_TD, ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, act)
+    tensor_size = sharding.axis_size("tensor")
+    if biases:
+        chosen_TE = jnp.sum(jnp.where(ids_TC[..., None] == jnp.arange(experts_here), weights_TC[..., None], 0), axis=1)
+        y_TD = y_TD + (chosen_TE @ (down_bias / tensor_size)).astype(y_TD.dtype)
     y_BTD = y_TD.reshape(b, t, d)
-    if sharding.axis_size("tensor") > 1:
+    if tensor_size > 1:
         y_BTD = jax.lax.psum(y_BTD, "tensor")
     if parallel:
         y_BTD = jax.lax.psum_scatter(y_BTD, "expert", scatter_dimension=0, tiled=True)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
+import jax
+
 from llmjax.models.config import ModelConfig
-from llmjax.models.spec import num_params
+from llmjax.models.spec import is_spec, num_params
 from llmjax.models.transformer import transformer_spec
 
 
@@ -14,21 +18,29 @@ def total_params(cfg: ModelConfig) -> int:
 
 def active_params(cfg: ModelConfig) -> int:
     """Parameters that one token touches: of the experts, only `top_k`."""
-    if cfg.moe is None:
-        return total_params(cfg)
-    expert = 3 * cfg.embed_dim * cfg.moe.mlp_dim
-    idle = cfg.num_layers * (cfg.moe.num_experts - cfg.moe.top_k) * expert
-    return total_params(cfg) - idle
+    specs = jax.tree.leaves(transformer_spec(cfg), is_leaf=is_spec)
+    return round(sum(math.prod(spec.shape) * _share(spec, cfg) for spec in specs))
+
+
+def _share(spec, cfg: ModelConfig) -> float:
+    return cfg.moe.top_k / cfg.moe.num_experts if "expert" in spec.axes else 1.0
 
 
 def forward_flops_per_token(cfg: ModelConfig, length: int) -> float:
-    """Matrix-product FLOPs of one token in a causal sequence of `length`: 2 per active weight, 2 * 2 * N * H * length / 2
-    for attention (Kaplan et al. 2020, arXiv:2001.08361, table 1, with causal masking); the look-up of the input is free.
+    """Matrix-product FLOPs of one token in a causal sequence of `length`: 2 per active weight of a matrix, and 2 per number
+    of the keys and values that a query meets (Kaplan et al. 2020, arXiv:2001.08361, table 1, with causal masking and
+    windows); the look-up of the input, norms and biases are free.
     """
+    specs = jax.tree.leaves(transformer_spec(cfg), is_leaf=is_spec)
+    matrices = sum(math.prod(spec.shape) * _share(spec, cfg) for spec in specs if spec.constant is None)
     lookup = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.embed_dim
-    norms = cfg.embed_dim * (2 * cfg.num_layers + 1)
-    weights = active_params(cfg) - lookup - norms
-    return 2.0 * weights + 2.0 * cfg.num_layers * cfg.num_heads * cfg.head_dim * length
+    keys = sum(_mean_keys(min(window, length), length) for window in cfg.windows)
+    return 2.0 * (matrices - lookup) + 2.0 * keys * cfg.num_heads * (cfg.qk_dim + cfg.v_dim)
+
+
+def _mean_keys(window: int, length: int) -> float:
+    """Keys that a query sees on average, to leading order."""
+    return window - window**2 / (2 * length)
 
 
 def train_flops_per_token(cfg: ModelConfig, length: int) -> float:

@@ -9,8 +9,9 @@ from flax import struct
 from llmjax import sharding
 from llmjax.models.attention import Attention, attention, attention_spec
 from llmjax.models.cache import LayerCache
-from llmjax.models.config import ModelConfig
-from llmjax.models.layers import Mlp, embed_tokens, mlp_spec, rms_norm, rope_table, swiglu
+from llmjax.models.config import UNLIMITED, ModelConfig
+from llmjax.models.layers import Mlp, activation, embed_tokens, gated_mlp, mlp_spec, rms_norm, rope_table
+from llmjax.models.mla import Mla, mla_attention, mla_spec
 from llmjax.models.moe import Moe, RouterStats, moe_layer, moe_spec
 from llmjax.models.spec import ParamSpec, is_spec
 from llmjax.typing import Array, Float, Int
@@ -18,41 +19,51 @@ from llmjax.typing import Array, Float, Int
 
 @struct.dataclass
 class Block:
-    """One pre-norm Transformer block; leaves are stacked over layers [L, ...]."""
+    """One pre-norm Transformer block; leaves are stacked over layers [L, ...]. post norms: behind the branches, or None."""
 
     attention_norm: Array
-    attention: Attention
+    attention: Attention | Mla
     mlp_norm: Array
     mlp: Mlp | Moe
+    attention_post_norm: Array | None = None
+    mlp_post_norm: Array | None = None
 
 
 @struct.dataclass
 class Params:
-    """embed [V, D]; blocks stacked [L, ...]; final_norm [D]; head [V, D], or None when tied to embed."""
+    """embed [V, D]; blocks stacked [L, ...]; final_norm [D]; head [V, D], or None when tied to embed.
+
+    dense_blocks: the dense layers below the sparse ones (`MoEConfig.first_k_dense`), stacked, or None.
+    """
 
     embed: Array
     blocks: Block
     final_norm: Array
     head: Array | None
+    dense_blocks: Block | None = None
 
 
 def transformer_spec(cfg: ModelConfig) -> Params:
     """The `ParamSpec` of every leaf."""
     d = cfg.embed_dim
-    norm = ParamSpec((d,), (None,), constant=1.0)
-    block = Block(
-        attention_norm=norm,
-        attention=attention_spec(cfg),
-        mlp_norm=norm,
-        mlp=mlp_spec(cfg) if cfg.moe is None else moe_spec(cfg),
-    )
+    norm = ParamSpec((d,), (None,), constant=1.0 - cfg.norm_offset)
+    post_norm = norm if cfg.post_norms else None
+
+    def stack(mlp, num_layers):
+        attention = attention_spec(cfg) if cfg.mla is None else mla_spec(cfg)
+        block = Block(norm, attention, norm, mlp, post_norm, post_norm)
+        return jax.tree.map(lambda s: s.stacked(num_layers), block, is_leaf=is_spec)
+
+    dense = cfg.num_dense_layers
+    mlp = mlp_spec(cfg, cfg.mlp_dim)
     # Normalised hidden states have unit-size entries, so this width gives logits of unit size.
     table = ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), std=d**-0.5)
     return Params(
         embed=table,
-        blocks=jax.tree.map(lambda s: s.stacked(cfg.num_layers), block, is_leaf=is_spec),
+        blocks=stack(mlp if cfg.moe is None else moe_spec(cfg), cfg.num_layers - dense),
         final_norm=norm,
         head=None if cfg.tie_embeddings else table,
+        dense_blocks=stack(mlp, dense) if dense else None,
     )
 
 
@@ -79,34 +90,78 @@ def hidden_states(
     tokens_BT, positions_BT, segment_ids_BT = (
         sharding.constrain(a, "BT") for a in (tokens_BT, positions_BT, segment_ids_BT)
     )
-    rope = rope_table(positions_BT, cfg.head_dim, cfg.rope_theta)
     x_BTD = embed_tokens(params.embed, tokens_BT, jnp.dtype(cfg.dtype))
+    if cfg.scale_embedding:
+        x_BTD = x_BTD * jnp.asarray(cfg.embed_dim**0.5, x_BTD.dtype)
+    ropes = _rope_tables(positions_BT, cfg)
+    caches, stats = [], None
+    first = 0
+    for blocks in (params.dense_blocks, params.blocks):
+        if blocks is None:
+            continue
+        depth = cfg.num_dense_layers if blocks is params.dense_blocks else cfg.num_layers - cfg.num_dense_layers
+        own = None if cache is None else cache[first : first + depth]
+        windows = cfg.windows[first : first + depth]
+        x_BTD, own, stats = _run_blocks(blocks, x_BTD, windows, ropes, segment_ids_BT, own, cfg)
+        caches.extend(own or ())
+        first += depth
+    x_BTD = rms_norm(x_BTD, params.final_norm, cfg.norm_eps, cfg.norm_offset)
+    return x_BTD, None if cache is None else tuple(caches), stats
 
-    def block(x_BTD, w, layer_cache):
-        y_BTD, layer_cache = attention(
-            w.attention, rms_norm(x_BTD, w.attention_norm, cfg.norm_eps), rope, segment_ids_BT, layer_cache
-        )
-        x_BTD = x_BTD + y_BTD
-        y_BTD, stats = _feed_forward(w.mlp, rms_norm(x_BTD, w.mlp_norm, cfg.norm_eps), segment_ids_BT, cfg)
-        return x_BTD + y_BTD, layer_cache, stats
+
+def _rope_tables(positions_BT, cfg: ModelConfig):
+    """The tables of global and of local layers; one and the same unless `local_rope_theta` says otherwise."""
+    table = rope_table(positions_BT, cfg.rope_dim, cfg.rope_theta, cfg.rope_scaling)
+    return table, rope_table(positions_BT, cfg.rope_dim, cfg.local_rope_theta) if cfg.local_rope_theta else table
+
+
+def _run_blocks(blocks: Block, x_BTD, windows, ropes, segment_ids_BT, cache, cfg: ModelConfig):
+    """A stack of blocks of one structure: (x, caches of its layers or None, router statistics stacked or None)."""
+
+    def block(x_BTD, w, window, layer_cache):
+        y_BTD = rms_norm(x_BTD, w.attention_norm, cfg.norm_eps, cfg.norm_offset)
+        attend = attention if cfg.mla is None else mla_attention
+        rope = _choose_rope(ropes, window)
+        y_BTD, layer_cache = attend(w.attention, y_BTD, rope, segment_ids_BT, cfg, window, layer_cache)
+        x_BTD = x_BTD + _post_norm(y_BTD, w.attention_post_norm, cfg)
+        y_BTD = rms_norm(x_BTD, w.mlp_norm, cfg.norm_eps, cfg.norm_offset)
+        y_BTD, stats = _feed_forward(w.mlp, y_BTD, segment_ids_BT, cfg)
+        return x_BTD + _post_norm(y_BTD, w.mlp_post_norm, cfg), layer_cache, stats
 
     if cfg.remat and cache is None:
-        block = jax.checkpoint(block)
+        uniform = len(set(windows)) == 1 or not _use_scan(cfg)
+        block = jax.checkpoint(block, static_argnums=(2,) if uniform else ())
     if cache is None and _use_scan(cfg):
-        def step(x_BTD, w):
-            x_BTD, _, stats = block(x_BTD, w, None)
+        same = windows[0] if len(set(windows)) == 1 else None
+
+        def step(x_BTD, layer):
+            w, window = layer
+            x_BTD, _, stats = block(x_BTD, w, window if same is None else same, None)
             return x_BTD, stats
 
-        x_BTD, stats = jax.lax.scan(step, x_BTD, params.blocks)
-    else:
-        caches, all_stats = [], []
-        for i, w in enumerate(_unstack(params.blocks, cfg.num_layers)):
-            x_BTD, layer_cache, stats = block(x_BTD, w, None if cache is None else cache[i])
-            caches.append(layer_cache)
-            all_stats.append(stats)
-        cache = None if cache is None else tuple(caches)
-        stats = None if cfg.moe is None else jax.tree.map(lambda *s: jnp.stack(s), *all_stats)
-    return rms_norm(x_BTD, params.final_norm, cfg.norm_eps), cache, stats
+        x_BTD, stats = jax.lax.scan(step, x_BTD, (blocks, None if same is not None else jnp.asarray(windows)))
+        return x_BTD, None, stats
+    caches, all_stats = [], []
+    for i, w in enumerate(_unstack(blocks, len(windows))):
+        x_BTD, layer_cache, stats = block(x_BTD, w, windows[i], None if cache is None else cache[i])
+        caches.append(layer_cache)
+        all_stats.append(stats)
+    stats = None if all_stats[0] is None else jax.tree.map(lambda *s: jnp.stack(s), *all_stats)
+    return x_BTD, None if cache is None else tuple(caches), stats
+
+
+def _choose_rope(ropes, window):
+    """The global or the local table; chosen at run time where the window is traced (layers in a scan)."""
+    everywhere, local = ropes
+    if everywhere is local:
+        return everywhere
+    if isinstance(window, int):
+        return everywhere if window == UNLIMITED else local
+    return jax.tree.map(lambda far, near: jnp.where(window == UNLIMITED, far, near), everywhere, local)
+
+
+def _post_norm(y_BTD, scale_D, cfg: ModelConfig):
+    return y_BTD if scale_D is None else rms_norm(y_BTD, scale_D, cfg.norm_eps, cfg.norm_offset)
 
 
 def head_table(params: Params) -> Float[Array, "V D"]:
@@ -114,22 +169,23 @@ def head_table(params: Params) -> Float[Array, "V D"]:
     return params.embed if params.head is None else params.head
 
 
-def logits(params: Params, x_BTD: Float[Array, "B T D"]) -> Float[Array, "B T V"]:
+def logits(params: Params, x_BTD: Float[Array, "B T D"], cfg: ModelConfig) -> Float[Array, "B T V"]:
     """float32 logits of hidden states."""
     table_VD = head_table(params).astype(x_BTD.dtype)
-    return sharding.einsum("BTD,VD->BTV", x_BTD, table_VD, out_dtype=jnp.float32)
+    logits_BTV = sharding.einsum("BTD,VD->BTV", x_BTD, table_VD, out_dtype=jnp.float32)
+    return cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap) if cfg.logit_softcap else logits_BTV
 
 
 def apply(params: Params, tokens_BT: Array, cfg: ModelConfig, **inputs):
     """logits [B, T, V] float32, cache, router statistics; arguments as in `hidden_states`."""
     x_BTD, cache, stats = hidden_states(params, tokens_BT, cfg, **inputs)
-    return logits(params, x_BTD), cache, stats
+    return logits(params, x_BTD, cfg), cache, stats
 
 
 def _feed_forward(w, x_BTD, segment_ids_BT, cfg: ModelConfig):
-    if cfg.moe is None:
-        return swiglu(w, x_BTD), None
-    return moe_layer(w, x_BTD, segment_ids_BT, cfg.moe)
+    if isinstance(w, Mlp):
+        return gated_mlp(w, x_BTD, activation(cfg.activation, cfg.activation_limit)), None
+    return moe_layer(w, x_BTD, segment_ids_BT, cfg)
 
 
 def _use_scan(cfg: ModelConfig) -> bool:

@@ -29,7 +29,8 @@ def lm_loss(params: Params, batch: dict[str, Array], key, cfg: ModelConfig) -> t
     )
     mask_BT = batch["loss_mask"].astype(jnp.float32)
     num_tokens = jnp.sum(mask_BT)
-    nll = cross_entropy_sum(x_BTD, head_table(params), batch["targets"], mask_BT) / jnp.maximum(num_tokens, 1.0)
+    total = cross_entropy_sum(x_BTD, head_table(params), batch["targets"], mask_BT, cfg.logit_softcap)
+    nll = total / jnp.maximum(num_tokens, 1.0)
     metrics = {"loss": nll, "loss_tokens": num_tokens}
     if stats is None:
         return nll, metrics
@@ -48,17 +49,21 @@ def token_log_probs(
 
 
 def cross_entropy_sum(
-    x_BTD: Float[Array, "B T D"], table_VD: Float[Array, "V D"], targets_BT: Int[Array, "B T"], weights_BT: Array
+    x_BTD: Float[Array, "B T D"],
+    table_VD: Float[Array, "V D"],
+    targets_BT: Int[Array, "B T"],
+    weights_BT: Array,
+    softcap: float = 0.0,
 ) -> Array:
     """sum of weights * -log softmax(x @ table^T)[target], float32; never holds the logits of the whole batch.
 
-    On a mesh each device sums its own tokens against the whole table.
+    softcap: as `ModelConfig.logit_softcap`. On a mesh each device sums its own tokens against the whole table.
     """
 
     def local_sum(x, table, targets, weights):
         rows = targets.size
         args = x.reshape(rows, -1), table.astype(x.dtype), targets.reshape(rows), weights.reshape(rows)
-        return fused_cross_entropy(*args, _num_chunks(rows, table.shape[0]))[None]
+        return fused_cross_entropy(*args, _num_chunks(rows, table.shape[0]), softcap)[None]
 
     return jnp.sum(sharding.local(local_sum, ["BTD", "..", "BT", "BT"], "B")(x_BTD, table_VD, targets_BT, weights_BT))
 
@@ -71,22 +76,24 @@ def _num_chunks(rows: int, vocab: int) -> int:
     return rows
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4,))
-def fused_cross_entropy(x_MD, table_VD, targets_M, weights_M, num_chunks: int):
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def fused_cross_entropy(x_MD, table_VD, targets_M, weights_M, num_chunks: int, softcap: float = 0.0):
     """The weighted sum over M tokens, in `num_chunks` chunks. Differentiable in x and table.
 
     The gradient of the logits is formed while a chunk of them is at hand, in the forward pass, so nothing of size [M, V]
     is stored or recomputed (the idea of Hsu et al. 2024, arXiv:2410.10989, section 3.2).
     """
-    return _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, with_grad=False)[0]
+    return _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap, with_grad=False)[0]
 
 
-def _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, with_grad):
+def _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap, with_grad):
     rows = x_MD.shape[0] // num_chunks
     total, dx, dtable = jnp.zeros((), jnp.float32), [], None
     for i in range(num_chunks):
         x, targets, weights = (a[i * rows : (i + 1) * rows] for a in (x_MD, targets_M, weights_M))
         logits = jnp.einsum("md,vd->mv", x, table_VD, preferred_element_type=jnp.float32)
+        if softcap:
+            logits = softcap * jnp.tanh(logits / softcap)
         top = jnp.max(logits, axis=-1, keepdims=True)
         exps = jnp.exp(logits - top)
         partition = jnp.sum(exps, axis=-1, keepdims=True)
@@ -95,19 +102,22 @@ def _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, with_grad):
         total += jnp.sum(weights * (jnp.log(partition[:, 0]) + top[:, 0] - chosen))
         if with_grad:
             scale = weights[:, None] / partition
-            dlogits = (exps * scale - jnp.where(is_target, weights[:, None], 0.0)).astype(x.dtype)
+            dlogits = exps * scale - jnp.where(is_target, weights[:, None], 0.0)
+            if softcap:
+                dlogits = dlogits * (1 - jnp.square(logits / softcap))
+            dlogits = dlogits.astype(x.dtype)
             dx.append(jnp.einsum("mv,vd->md", dlogits, table_VD))
             piece = jnp.einsum("mv,md->vd", dlogits, x, preferred_element_type=jnp.float32)
             dtable = piece if dtable is None else dtable + piece
     return total, jnp.concatenate(dx) if with_grad else None, dtable
 
 
-def _fused_fwd(x_MD, table_VD, targets_M, weights_M, num_chunks):
-    total, dx, dtable = _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, with_grad=True)
+def _fused_fwd(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap):
+    total, dx, dtable = _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap, with_grad=True)
     return total, (dx, dtable.astype(table_VD.dtype))
 
 
-def _fused_bwd(num_chunks, residuals, dtotal):
+def _fused_bwd(num_chunks, softcap, residuals, dtotal):
     dx, dtable = residuals
     return (dx * dtotal).astype(dx.dtype), (dtable * dtotal).astype(dtable.dtype), None, None
 

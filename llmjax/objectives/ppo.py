@@ -47,7 +47,7 @@ def response_log_probs(params: Params, batch: dict[str, Array], cfg: ModelConfig
     x_BTD, _, stats = hidden_states(
         params, batch["tokens"], cfg, positions_BT=batch["positions"], segment_ids_BT=batch["segment_ids"]
     )
-    logits_BRV = logits(params, x_BTD[:, -response - 1 : -1])
+    logits_BRV = logits(params, x_BTD[:, -response - 1 : -1], cfg)
     log_probs_BR, entropy_BR = token_log_probs(logits_BRV, batch["tokens"][:, -response:], temperature)
     return log_probs_BR, entropy_BR, stats
 

@@ -36,8 +36,8 @@ def test_both_forms_equal_the_loop(length, heads, kv_heads):
     causal = np.tril(np.ones((length, length), bool))
     mask = causal & (segments[:, :, None] == segments[:, None, :])
     expected = attention_by_loops(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), segments)
-    np.testing.assert_allclose(tiny.jit(dot_product_attention)(q, k, v, mask), expected, atol=2e-6)
-    np.testing.assert_allclose(tiny.jit(blocked_attention)(q, k, v, segments), expected, atol=2e-6)
+    np.testing.assert_allclose(tiny.jit(dot_product_attention)(q, k, v, mask, 6**-0.5), expected, atol=2e-6)
+    np.testing.assert_allclose(tiny.jit(blocked_attention)(q, k, v, segments, 6**-0.5), expected, atol=2e-6)
 
 
 def test_gradients_of_both_forms_are_equal():
@@ -47,8 +47,8 @@ def test_gradients_of_both_forms_are_equal():
     out = rng.normal(size=q.shape).astype(np.float32)
     segments = np.array([[1] * 8, [1, 1, 1, 2, 2, 2, 0, 0]])
     mask = np.tril(np.ones((8, 8), bool)) & (segments[:, :, None] == segments[:, None, :])
-    plain = tiny.value_and_grads(lambda q, k, v: jnp.sum(out * dot_product_attention(q, k, v, mask)), q, k, v)
-    blocked = tiny.value_and_grads(lambda q, k, v: jnp.sum(out * blocked_attention(q, k, v, segments)), q, k, v)
+    plain = tiny.value_and_grads(lambda q, k, v: jnp.sum(out * dot_product_attention(q, k, v, mask, 0.4)), q, k, v)
+    blocked = tiny.value_and_grads(lambda q, k, v: jnp.sum(out * blocked_attention(q, k, v, segments, 0.4)), q, k, v)
     tiny.assert_trees_close(blocked, plain, 1e-5)
 
 

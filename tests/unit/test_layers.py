@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import tiny
 
-from llmjax.models.layers import Mlp, apply_rope, embed_tokens, rms_norm, rope_table, swiglu
+from llmjax.models.layers import Mlp, activation, apply_rope, embed_tokens, gated_mlp, rms_norm, rope_table
 
 
 def test_rms_norm():
@@ -55,7 +55,7 @@ def test_swiglu():
     down = rng.normal(size=(6, 4)).astype(np.float32)
     g = x @ gate
     expected = (g / (1 + np.exp(-g)) * (x @ up)) @ down
-    np.testing.assert_allclose(swiglu(Mlp(gate, up, down), x), expected, atol=1e-5)
+    np.testing.assert_allclose(gated_mlp(Mlp(gate, up, down), x, activation("silu", 0.0)), expected, atol=1e-5)
 
 
 def test_embedding_takes_rows():

@@ -164,7 +164,7 @@ def test_router_loss_and_metrics_are_of_all_layers():
 
 def test_the_layer_is_the_weighted_sum_of_the_chosen_experts():
     w, x = layer_weights(), activations()
-    y, _ = layer(w, x, jnp.ones(x.shape[:2], jnp.int32), cfg=CFG)
+    y, _ = layer(w, x, jnp.ones(x.shape[:2], jnp.int32), cfg=tiny.SPARSE)
     logits = x @ np.asarray(w.router)
     for row, place in np.ndindex(x.shape[:2]):
         chosen = np.argsort(-logits[row, place])[:2]
@@ -179,11 +179,11 @@ def test_the_layer_is_the_weighted_sum_of_the_chosen_experts():
 def test_padding_reaches_no_expert():
     x = activations()
     segments = np.array([[1, 1, 1, 0, 0]] * 3, np.int32)
-    y, _ = layer(layer_weights(), x, segments, cfg=CFG)
+    y, _ = layer(layer_weights(), x, segments, cfg=tiny.SPARSE)
     assert np.all(y[:, 3:] == 0) and np.all(np.any(y[:, :3] != 0, axis=-1))
 
     def loss(w, x):
-        return jnp.sum(jnp.square(moe_layer(w, x, jnp.asarray(segments), CFG)[0]))
+        return jnp.sum(jnp.square(moe_layer(w, x, jnp.asarray(segments), tiny.SPARSE)[0]))
 
     garbage = x + 100 * (segments == 0)[..., None]
     args = layer_weights(), x.astype(np.float32)
@@ -198,8 +198,8 @@ def test_permuting_tokens_permutes_outputs():
     ones = jnp.ones(x.shape[:2], jnp.int32)
     flat = x.reshape(-1, x.shape[-1])
     order = np.random.default_rng(0).permutation(len(flat))
-    y, stats = layer(w, x, ones, cfg=CFG)
-    permuted, permuted_stats = layer(w, flat[order].reshape(x.shape), ones, cfg=CFG)
+    y, stats = layer(w, x, ones, cfg=tiny.SPARSE)
+    permuted, permuted_stats = layer(w, flat[order].reshape(x.shape), ones, cfg=tiny.SPARSE)
     np.testing.assert_allclose(permuted.reshape(flat.shape), y.reshape(flat.shape)[order], atol=1e-6)
     tiny.assert_trees_close(permuted_stats, stats, 1e-5)
 
@@ -207,9 +207,9 @@ def test_permuting_tokens_permutes_outputs():
 def test_a_row_does_not_depend_on_its_neighbours():
     w, x = layer_weights(), activations()
     ones = jnp.ones(x.shape[:2], jnp.int32)
-    y, _ = layer(w, x, ones, cfg=CFG)
+    y, _ = layer(w, x, ones, cfg=tiny.SPARSE)
     other = np.concatenate([x[:1], 10 * activations(2, 5, seed=9)])
-    np.testing.assert_allclose(layer(w, other, ones, cfg=CFG)[0][0], y[0], atol=1e-6)
+    np.testing.assert_allclose(layer(w, other, ones, cfg=tiny.SPARSE)[0][0], y[0], atol=1e-6)
 
 
 def test_one_expert_with_one_choice_is_the_dense_model():
@@ -237,7 +237,8 @@ def test_the_router_gets_a_gradient_through_its_gates():
     x = activations()
     ones = jnp.ones(x.shape[:2], jnp.int32)
     single = MoEConfig(num_experts=E, top_k=1, mlp_dim=12, renormalize=False)
-    for cfg in (CFG, single):
+    for moe in (CFG, single):
+        cfg = dataclasses.replace(tiny.SPARSE, moe=moe)
         _, (grad, _) = tiny.value_and_grads(
             lambda w, x, cfg=cfg: jnp.sum(jnp.square(moe_layer(w, x, ones, cfg)[0])), layer_weights(), x
         )
