@@ -1,0 +1,195 @@
+"""A Hugging Face folder (config.json, sharded safetensors) in and out, one leaf or one shard in memory at a time."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import ml_dtypes  # also teaches numpy, and with it safetensors, the name bfloat16
+import numpy as np
+from jax.sharding import Mesh
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from llmjax.errors import UserError
+from llmjax.files import read_json, write_json_atomic
+from llmjax.interop.hf_config import hf_config, model_config
+from llmjax.interop.hf_tensors import Leaf, Place, disk_shape, leaves, tensor_map
+from llmjax.models.config import ModelConfig
+from llmjax.models.spec import shardings
+from llmjax.models.transformer import Params, transformer_spec
+
+_INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
+_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def read_config(folder: str) -> tuple[ModelConfig, dict[str, Any]]:
+    """The model's config and config.json as it stands there."""
+    path = os.path.join(folder, "config.json")
+    raw = read_json(path)
+    try:
+        return model_config(raw, path), raw
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]!r} is missing, which model_type={raw.get('model_type')!r} needs") from error
+
+
+def load_params(folder: str, cfg: ModelConfig, family: str, mesh: Mesh | None = None, dtype: str = "float32") -> Params:
+    """The parameters in the folder, in `dtype`, straight onto their places.
+
+    A leaf is read at a time, and of it only what this process's devices hold. Raises UserError, before anything is
+    read, for a tensor that is missing, superfluous or of another shape.
+    """
+    specs, places = leaves(cfg), tensor_map(cfg, family)
+    files = _check(folder, cfg, specs, places)
+    by_leaf: dict[Leaf, list[tuple[tuple[int, ...], str, int]]] = {leaf: [] for leaf in specs}
+    for name, place in places.items():
+        for part, (leaf, index) in enumerate(place.parts):
+            by_leaf[leaf].append((index, name, part))
+
+    def load(leaf: Leaf, target) -> jax.Array:
+        shape = specs[leaf].shape
+
+        def fetch(where: tuple[slice, ...]) -> np.ndarray:
+            return _assemble(where, shape, by_leaf[leaf], places, specs, files, _DTYPES[dtype])
+
+        return jax.make_array_from_callback(shape, target, fetch)
+
+    targets = jax.tree.leaves(shardings(transformer_spec(cfg), mesh))
+    loaded = []
+    for leaf, target in zip(specs, targets, strict=True):
+        loaded.append(jax.block_until_ready(load(leaf, target)))
+    return jax.tree.unflatten(jax.tree.structure(shardings(transformer_spec(cfg), mesh)), loaded)
+
+
+def _assemble(where, shape, entries, places: dict[str, Place], specs, files, dtype) -> np.ndarray:
+    """The part `where` of one leaf, from the tensors that touch it."""
+    ranges = [range(*axis.indices(size)) for axis, size in zip(where, shape)]
+    out = _aligned([len(r) for r in ranges], dtype)
+    wanted = [e for e in entries if all(i in r for i, r in zip(e[0], ranges))]
+    for file in sorted({files[name] for _, name, _ in wanted}):
+        with safe_open(file, framework="np") as archive:
+            for index, name, part in wanted:
+                if files[name] != file:
+                    continue
+                shapes = tuple(specs[leaf].shape[len(i) :] for leaf, i in places[name].parts)
+                value = places[name].form.split(archive.get_tensor(name), shapes)[part]
+                here = tuple(i - r.start for i, r in zip(index, ranges))
+                out[here] = value[tuple(where[len(index) :])]
+    return out
+
+
+def _aligned(shape, dtype) -> np.ndarray:
+    """Uninitialised memory on a 64-byte boundary, which a CPU device takes over instead of copying."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    raw = np.empty(size + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + size].view(dtype).reshape(shape)
+
+
+def _check(folder, cfg, specs, places: dict[str, Place]) -> dict[str, str]:
+    """Tensor -> file, after every name and shape was compared with what the config asks for."""
+    files = _locate(folder)
+    found: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for file in sorted(set(files.values())):
+        try:
+            with safe_open(file, framework="np") as archive:
+                for name in list(archive.keys()):
+                    found[name] = file, tuple(archive.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{file}: not a readable safetensors file ({error})") from error
+    for name in places:
+        if name not in found:
+            raise UserError(f"{folder}: tensor {name!r} is missing; config.json asks for it")
+    for name, (file, shape) in found.items():
+        if name in places:
+            want = disk_shape(places[name], specs)
+            if shape != want:
+                raise UserError(f"{file}: tensor {name!r} has shape {list(shape)}; config.json asks for {list(want)}")
+        elif not _may_be_left(name, cfg):
+            raise UserError(f"{file}: tensor {name!r} has no place in the model that config.json describes")
+    return {name: file for name, (file, _) in found.items()}
+
+
+def _may_be_left(name: str, cfg: ModelConfig) -> bool:
+    """Tensors that carry nothing: tied heads, computed tables, and layers for multi-token prediction above the last."""
+    tied = cfg.tie_embeddings and name == "lm_head.weight"
+    beyond = name.startswith("model.layers.") and int(name.split(".")[2]) >= cfg.num_layers and cfg.mla is not None
+    return tied or beyond or name.endswith("rotary_emb.inv_freq")
+
+
+def _locate(folder: str) -> dict[str, str]:
+    index = os.path.join(folder, _INDEX)
+    if os.path.exists(index):
+        return {name: os.path.join(folder, file) for name, file in read_json(index)["weight_map"].items()}
+    single = os.path.join(folder, _SINGLE)
+    if not os.path.exists(single):
+        raise UserError(f"{folder}: holds neither {_INDEX} nor {_SINGLE}")
+    return {"": single}
+
+
+def save_params(
+    params: Params,
+    cfg: ModelConfig,
+    family: str,
+    folder: str,
+    *,
+    source: dict[str, Any] | None = None,
+    dtype: str = "float32",
+    shard_bytes: int = 2**31,
+    progress: Callable[[str], None] = lambda line: None,
+) -> None:
+    """Writes config.json and safetensors of at most `shard_bytes` each into `folder`, which must not exist.
+
+    Written beside it first and moved at the end. Each shard is read back and compared.
+    """
+    if os.path.exists(folder):
+        raise UserError(f"{folder} exists; name a new folder")
+    specs, places = leaves(cfg), tensor_map(cfg, family)
+    flat = dict(zip(specs, jax.tree.leaves(params), strict=True))
+    partial = folder.rstrip("/") + ".partial"
+    os.makedirs(partial, exist_ok=True)
+    groups, total = _shard_groups(places, specs, _DTYPES[dtype].itemsize, shard_bytes)
+    weight_map = {}
+    for number, names in enumerate(groups, 1):
+        file = _SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        tensors = {name: _disk_tensor(places[name], flat, _DTYPES[dtype]) for name in names}
+        path = os.path.join(partial, file)
+        save_file(tensors, path, metadata={"format": "pt"})
+        _read_back(path, tensors)
+        weight_map |= dict.fromkeys(names, file)
+        progress(f"{file}: {len(names)} tensors")
+    if len(groups) > 1:
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_json_atomic(os.path.join(partial, _INDEX), index)
+    config = hf_config(cfg, family, source) | {"dtype": dtype, "torch_dtype": dtype}
+    write_json_atomic(os.path.join(partial, "config.json"), config)
+    os.rename(partial, folder)
+
+
+def _shard_groups(places, specs, itemsize: int, shard_bytes: int) -> tuple[list[list[str]], int]:
+    groups: list[list[str]] = [[]]
+    filled = total = 0
+    for name, place in places.items():
+        size = int(np.prod(disk_shape(place, specs), dtype=np.int64)) * itemsize
+        if groups[-1] and filled + size > shard_bytes:
+            groups.append([])
+            filled = 0
+        groups[-1].append(name)
+        filled += size
+        total += size
+    return groups, total
+
+
+def _disk_tensor(place: Place, flat: dict[Leaf, jax.Array], dtype) -> np.ndarray:
+    parts = [np.asarray(flat[leaf][index]).astype(dtype) for leaf, index in place.parts]
+    # safetensors writes the bytes of a view as they lie: only a contiguous array comes out right.
+    return np.ascontiguousarray(place.form.join(*parts))
+
+
+def _read_back(path: str, tensors: dict[str, np.ndarray]) -> None:
+    with safe_open(path, framework="np") as archive:
+        for name, value in tensors.items():
+            if not np.array_equal(archive.get_tensor(name).view(np.uint8), value.view(np.uint8)):
+                raise RuntimeError(f"{path}: tensor {name!r} does not read back as it was written")
