@@ -7,6 +7,7 @@ both are written, so that older and newer readers agree.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 from llmjax.errors import UserError
@@ -203,6 +204,33 @@ def _check_layer_types(hf: dict[str, Any], config: ModelConfig, where: str) -> N
     limited = [window == config.sliding_window for window in config.windows]
     if limited != [kind == "sliding_attention" for kind in types]:
         raise UserError(f"{where}: layer_types is not the pattern of its family (every {config.global_every}th layer global)")
+
+
+def family_of(cfg: ModelConfig) -> str:
+    """The model_type whose config.json can say all that `cfg` says. UserError if there is none."""
+    for family in ARCHITECTURES:
+        try:
+            told = model_config(hf_config(cfg, family))
+        except (UserError, KeyError, ValueError, TypeError, ZeroDivisionError):
+            continue  # this family has no word for something in cfg
+        if _canonical(told) == _canonical(cfg):
+            return family
+    raise UserError("no Hugging Face family has this combination of model fields, so the model cannot be exported")
+
+
+def _canonical(cfg: ModelConfig) -> ModelConfig:
+    """What computes the same is the same here: fields that do not change the logits take one value."""
+    scale = float(f"{cfg.attention_scale or cfg.qk_dim**-0.5:.6g}")
+    changes: dict[str, Any] = dict(layer_loop="auto", remat=False, dtype="float32", attention_scale=scale)
+    if cfg.mla is not None:
+        changes["head_dim"] = 2
+    if cfg.rope_scaling is not None and cfg.rope_scaling.kind == "linear":
+        changes["rope_scaling"] = RopeScaling("linear", factor=cfg.rope_scaling.factor)
+    if cfg.moe is not None:
+        changes["moe"] = replace(cfg.moe, load_balance_coef=0.0, z_loss_coef=0.0)
+        if not cfg.moe.first_k_dense:
+            changes["mlp_dim"] = 1
+    return replace(cfg, **changes)
 
 
 def hf_config(cfg: ModelConfig, family: str, source: dict[str, Any] | None = None) -> dict[str, Any]:

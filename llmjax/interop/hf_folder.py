@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+import shutil
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from llmjax.data.folders import whole_folder
 from llmjax.errors import UserError
 from llmjax.files import read_json, write_json_atomic
 from llmjax.interop.hf_config import hf_config, model_config
@@ -138,34 +140,32 @@ def save_params(
     source: dict[str, Any] | None = None,
     dtype: str = "float32",
     shard_bytes: int = 2**31,
-    progress: Callable[[str], None] = lambda line: None,
+    beside: Sequence[str] = (),
 ) -> None:
-    """Writes config.json and safetensors of at most `shard_bytes` each into `folder`, which must not exist.
+    """Writes config.json, safetensors of at most `shard_bytes` each and the files of `beside` into a new `folder`.
 
-    Written beside it first and moved at the end. Each shard is read back and compared.
+    source: the config.json that the model came from. Each shard is read back and compared; the folder is there whole or
+    not at all. UserError if the family cannot express this model.
     """
     if os.path.exists(folder):
-        raise UserError(f"{folder} exists; name a new folder")
+        raise UserError(f"{folder}: exists already; name a new folder")
+    config = hf_config(cfg, family, source) | {"dtype": dtype, "torch_dtype": dtype}
     specs, places = leaves(cfg), tensor_map(cfg, family)
     flat = dict(zip(specs, jax.tree.leaves(params), strict=True))
-    partial = folder.rstrip("/") + ".partial"
-    os.makedirs(partial, exist_ok=True)
     groups, total = _shard_groups(places, specs, _DTYPES[dtype].itemsize, shard_bytes)
     weight_map = {}
-    for number, names in enumerate(groups, 1):
-        file = _SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        tensors = {name: _disk_tensor(places[name], flat, _DTYPES[dtype]) for name in names}
-        path = os.path.join(partial, file)
-        save_file(tensors, path, metadata={"format": "pt"})
-        _read_back(path, tensors)
-        weight_map |= dict.fromkeys(names, file)
-        progress(f"{file}: {len(names)} tensors")
-    if len(groups) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        write_json_atomic(os.path.join(partial, _INDEX), index)
-    config = hf_config(cfg, family, source) | {"dtype": dtype, "torch_dtype": dtype}
-    write_json_atomic(os.path.join(partial, "config.json"), config)
-    os.rename(partial, folder)
+    with whole_folder(folder) as new:
+        for number, names in enumerate(groups, 1):
+            file = _SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+            tensors = {name: _disk_tensor(places[name], flat, _DTYPES[dtype]) for name in names}
+            save_file(tensors, new / file, metadata={"format": "pt"})
+            _read_back(new / file, tensors)
+            weight_map |= dict.fromkeys(names, file)
+        if len(groups) > 1:
+            write_json_atomic(new / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        write_json_atomic(new / "config.json", config)
+        for file in beside:
+            shutil.copy(file, new)
 
 
 def _shard_groups(places, specs, itemsize: int, shard_bytes: int) -> tuple[list[list[str]], int]:
@@ -188,7 +188,7 @@ def _disk_tensor(place: Place, flat: dict[Leaf, jax.Array], dtype) -> np.ndarray
     return np.ascontiguousarray(place.form.join(*parts))
 
 
-def _read_back(path: str, tensors: dict[str, np.ndarray]) -> None:
+def _read_back(path: os.PathLike, tensors: dict[str, np.ndarray]) -> None:
     with safe_open(path, framework="np") as archive:
         for name, value in tensors.items():
             if not np.array_equal(archive.get_tensor(name).view(np.uint8), value.view(np.uint8)):

@@ -14,14 +14,15 @@ LAYERS = [
     {"config", "typing", "errors", "files", "runtime", "annotations", "overrides"},
     {"sharding"},
     {"data", "models"},
-    {"objectives", "generation"},
+    {"objectives", "generation", "interop"},
     {"training", "rl", "evals", "analysis"},
     {"stages"},
-    {"main", "chat"},
+    {"main", "chat", "convert"},
 ]
-SIDEWAYS = {("evals", "rl"), ("chat", "main")}
-WITHOUT_JAX = {"config", "errors", "files", "runtime", "annotations", "overrides", "data", "analysis", "main", "chat"}
-MAY_PRINT = ("main.py", "chat.py", "stages/", "training/progress.py")
+SIDEWAYS = {("evals", "rl"), ("chat", "main"), ("convert", "main")}
+PROGRAMS = {"main", "chat", "convert"}
+WITHOUT_JAX = {"config", "errors", "files", "runtime", "annotations", "overrides", "data", "analysis"} | PROGRAMS
+MAY_PRINT = ("main.py", "chat.py", "convert.py", "stages/", "training/progress.py")
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 600, 80
 
 
