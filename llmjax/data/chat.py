@@ -68,17 +68,56 @@ def encode_chat(
             dialogue with the assistant's turn added.
 
     Raises:
-        UserError: no message, a wrong role or field, a template that fails, or one that marks no
-            {% generation %} though the assistant speaks.
+        UserError: no message, a wrong role or field, or a template that fails. Where the assistant speaks: a template
+            that has no {% generation %} block and whose rendering of a dialogue's beginning is not the beginning of its
+            rendering of the dialogue, or that ends no turn with a control token.
     """
     marked = [_mark(message, number) for number, message in enumerate(messages, start=1)]
     if not marked:
         raise UserError("the dialogue has no message; give at least one")
-    rendered = _render(tokenizer.chat_template, marked, add_generation_prompt)
-    chat = _encode_pieces(tokenizer, rendered)
-    if not any(chat.loss_mask) and any(message["role"] == "assistant" for message in messages):
-        raise UserError("the chat template marks no {% generation %} block; put one around the assistant's text")
-    return chat
+    chat = _encode(tokenizer, marked, add_generation_prompt)
+    if any(chat.loss_mask) or all(message["role"] != "assistant" for message in messages):
+        return chat
+    return _masked_by_prefixes(tokenizer, marked, chat)
+
+
+def _encode(tokenizer: "Tokenizer", marked: list[dict[str, str]], add_generation_prompt: bool) -> ChatTokens:
+    variables = dict(messages=marked, add_generation_prompt=add_generation_prompt, **tokenizer.template_variables)
+    return _encode_pieces(tokenizer, _render(tokenizer.chat_template, variables))
+
+
+def _masked_by_prefixes(tokenizer: "Tokenizer", marked: list[dict[str, str]], chat: ChatTokens) -> ChatTokens:
+    """The mask of a template without {% generation %}: what an assistant's turn adds to the prompt in front of it, up to
+    the last control token, which ends the turn."""
+    mask = [0] * len(chat.tokens)
+    for number, message in enumerate(marked):
+        if message["role"] != "assistant":
+            continue
+        before = _encode(tokenizer, marked[:number], True).tokens
+        after = _encode(tokenizer, marked[: number + 1], False).tokens
+        if after[: len(before)] != before or chat.tokens[: len(after)] != after:
+            raise UserError(
+                "chat template: what it makes of a dialogue's beginning is not the beginning of what it makes of the "
+                "dialogue, so the assistant's tokens cannot be told; put {% generation %} around its text"
+            )
+        controls = [i for i in range(len(before), len(after)) if after[i] in tokenizer.special_ids]
+        if not controls:
+            raise UserError("chat template: no control token ends the assistant's turn, so a model could not learn to stop")
+        mask[len(before) : controls[-1] + 1] = [1] * (controls[-1] + 1 - len(before))
+    return ChatTokens(chat.tokens, mask)
+
+
+class _Text(str):
+    """A marked text that stays marked when a template strips it."""
+
+    def strip(self, chars=None):
+        return _Text(f"{_CONTENT_BEGIN}{self[1:-1].strip(chars)}{_CONTENT_END}")
+
+    def lstrip(self, chars=None):
+        return _Text(f"{_CONTENT_BEGIN}{self[1:-1].lstrip(chars)}{_CONTENT_END}")
+
+    def rstrip(self, chars=None):
+        return _Text(f"{_CONTENT_BEGIN}{self[1:-1].rstrip(chars)}{_CONTENT_END}")
 
 
 def _mark(message: Mapping[str, str], number: int) -> dict[str, str]:
@@ -93,12 +132,12 @@ def _mark(message: Mapping[str, str], number: int) -> dict[str, str]:
         raise UserError(f"{where}: unknown field '{unknown[0]}'; a message has role and content")
     if _SPLIT.search(message["content"]):
         raise UserError(f"{where}: holds a reserved private-use character (U+F5A30 to U+F5A33); remove it")
-    return {"role": message["role"], "content": f"{_CONTENT_BEGIN}{message['content']}{_CONTENT_END}"}
+    return {"role": message["role"], "content": _Text(f"{_CONTENT_BEGIN}{message['content']}{_CONTENT_END}")}
 
 
-def _render(template: str, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+def _render(template: str, variables: dict) -> str:
     try:
-        return _compile(template).render(messages=messages, add_generation_prompt=add_generation_prompt)
+        return _compile(template).render(variables)
     except jinja2.TemplateSyntaxError as error:
         raise UserError(f"chat template line {error.lineno}: {error.message}; mend the template") from error
     except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError, LookupError) as error:

@@ -13,12 +13,9 @@ from dataclasses import dataclass, fields
 
 import numpy as np
 
-from llmjax.data.folders import whole_folder
-from llmjax.data.tokenizer import SPECIAL_TOKENS
 from llmjax.errors import UserError
-from llmjax.files import read_json
+from llmjax.files import read_json, whole_folder
 
-_PAD_ID, _ENDOFTEXT_ID = SPECIAL_TOKENS.index("<|pad|>"), SPECIAL_TOKENS.index("<|endoftext|>")
 _COUNTS_FILE = "packed.json"
 
 
@@ -79,7 +76,7 @@ class Packed:
 _ARRAYS = tuple(field.name for field in fields(Packed) if field.type is np.ndarray)
 
 
-def pack_stream(docs: Iterable[Sequence[int]], length: int) -> Packed:
+def pack_stream(docs: Iterable[Sequence[int]], length: int, *, endoftext_id: int, pad_id: int) -> Packed:
     """Documents one after another, cut into rows of `length`: pre-training without padding (but at the very end).
 
     A document d1 ... dn becomes the inputs <|endoftext|> d1 ... dn with the targets d1 ... dn <|endoftext|>: each of
@@ -90,6 +87,7 @@ def pack_stream(docs: Iterable[Sequence[int]], length: int) -> Packed:
     Args:
         docs: token ids of each document, without control tokens.
         length: T, tokens per row.
+        endoftext_id, pad_id: ids of <|endoftext|> and of padding.
 
     Raises:
         UserError: length is not positive, or there is no token at all.
@@ -98,7 +96,7 @@ def pack_stream(docs: Iterable[Sequence[int]], length: int) -> Packed:
     docs = [doc for doc in (np.asarray(doc, np.int32) for doc in docs) if doc.size]
     if not docs:
         raise UserError("no tokens to pack: the corpus is empty; check the data")
-    end = np.array([_ENDOFTEXT_ID], np.int32)
+    end = np.array([endoftext_id], np.int32)
     inputs = np.concatenate([part for doc in docs for part in (end, doc)])
     sizes = np.array([doc.size + 1 for doc in docs])
     # The input after a document's last token is the next document's <|endoftext|>, which is just the target wanted.
@@ -113,15 +111,15 @@ def pack_stream(docs: Iterable[Sequence[int]], length: int) -> Packed:
     real = rows(np.ones(inputs.size, np.int32), 0)
     document_rows = rows(document, 0)
     return Packed(
-        inputs=rows(inputs, _PAD_ID),
-        targets=rows(targets, _PAD_ID),
+        inputs=rows(inputs, pad_id),
+        targets=rows(targets, pad_id),
         segment_ids=((document_rows - document_rows[:, :1] + 1) * real).astype(np.int32),
         positions=np.minimum(rows(place, 0), np.arange(length)).astype(np.int32),
         loss_mask=real,
     )
 
 
-def pack_examples(examples: Iterable[tuple[Sequence[int], Sequence[int]]], length: int) -> Packed:
+def pack_examples(examples: Iterable[tuple[Sequence[int], Sequence[int]]], length: int, *, pad_id: int) -> Packed:
     """Whole examples, several to a row, by first fit in their order (at most 70 % more rows than the best packing).
 
     An example (tokens, loss_mask) becomes the inputs tokens[:-1] with the targets tokens[1:] and the loss where the
@@ -147,7 +145,7 @@ def pack_examples(examples: Iterable[tuple[Sequence[int], Sequence[int]]], lengt
         raise UserError(f"no example has a target with loss within length={length}; check the data or raise length")
     row_of, column_of, num_rows = _first_fit([len(tokens) - 1 for tokens, _ in kept], length)
     arrays = {name: np.zeros((num_rows, length), np.int32) for name in _ARRAYS}
-    arrays["inputs"][:] = arrays["targets"][:] = _PAD_ID
+    arrays["inputs"][:] = arrays["targets"][:] = pad_id
     segments = np.zeros(num_rows, np.int32)
     for (tokens, loss_mask), row, column in zip(kept, row_of, column_of, strict=True):
         segments[row] += 1

@@ -19,9 +19,8 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llmjax.data.chat import DEFAULT_TEMPLATE
-from llmjax.data.folders import whole_folder
 from llmjax.errors import UserError
-from llmjax.files import read_text
+from llmjax.files import read_json, read_text, whole_folder
 
 PAD, ENDOFTEXT, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = (
     "<|pad|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
@@ -48,24 +47,38 @@ class TokenizerConfig:
             )
 
 
+@dataclass(frozen=True)
+class Controls:
+    """Names of the control tokens that training needs: padding; between documents and first of a text; end of a turn."""
+
+    pad: str = PAD
+    endoftext: str = ENDOFTEXT
+    end: str = END
+
+
 class Tokenizer:
-    """Text <-> token ids. Immutable. Made by `train` or `load`.
+    """Text <-> token ids. Immutable. Made by `train` or `load`, or from a Hugging Face folder (`llmjax.interop`).
 
     Attributes:
         chat_template: jinja2 source that `llmjax.data.chat.encode_chat` renders.
+        controls: which of its tokens mean what.
     """
 
-    def __init__(self, serialized: str, chat_template: str = DEFAULT_TEMPLATE):
-        """From the text of a tokenizer.json whose model is a byte-level BPE with all of SPECIAL_TOKENS."""
+    def __init__(self, serialized: str, chat_template: str = DEFAULT_TEMPLATE, controls: Controls = Controls()):
+        """From the text of a tokenizer.json whose model is a byte-level BPE with the tokens of `controls`."""
         # Two copies of one model: they differ only in whether the text of a control token becomes its id.
         self._template = tokenizers.Tokenizer.from_str(serialized)
         self._plain = tokenizers.Tokenizer.from_str(serialized)
         self._plain.encode_special_tokens = True
         self._serialized = serialized
         self.chat_template = chat_template
-        missing = [token for token in SPECIAL_TOKENS if self._plain.token_to_id(token) is None]
-        if missing:
-            raise UserError(f"the tokenizer has no control token {missing[0]}; train one with llmjax")
+        self.controls = controls
+        for token in (controls.pad, controls.endoftext, controls.end):
+            if self._plain.token_to_id(token) is None:
+                raise UserError(f"the tokenizer has no control token {token!r}; train one with llmjax")
+        decoder = self._template.decoder
+        if decoder is None or "ByteLevel" not in str(decoder):
+            raise UserError("the tokenizer is not a byte-level BPE, the only kind whose tokens are plain bytes")
 
     @classmethod
     def train(cls, texts: Iterable[str], cfg: TokenizerConfig) -> "Tokenizer":
@@ -96,8 +109,9 @@ class Tokenizer:
         """Reads what `save` wrote. Raises UserError if a file is missing or is not what it should be."""
         folder = pathlib.Path(folder)
         serialized, template = read_text(folder / _TOKENIZER_FILE), read_text(folder / _TEMPLATE_FILE)
+        config = read_json(folder / _CONFIG_FILE)
         try:
-            return cls(serialized, template)
+            return cls(serialized, template, Controls(*(config[f"{name}_token"] for name in ("pad", "bos", "eos"))))
         except UserError as error:
             raise UserError(f"{folder / _TOKENIZER_FILE}: {error}") from error
         except Exception as error:  # the library raises bare Exception for any malformed file
@@ -111,7 +125,7 @@ class Tokenizer:
         """
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "pad_token": PAD, "bos_token": ENDOFTEXT, "eos_token": END,
+            "pad_token": self.controls.pad, "bos_token": self.controls.endoftext, "eos_token": self.controls.end,
             "model_input_names": ["input_ids", "attention_mask"],
         }
         with whole_folder(folder) as new:
@@ -141,18 +155,24 @@ class Tokenizer:
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of `ids`; decode(encode(text)) == text. Bytes that are not UTF-8 become U+FFFD.
 
-        skip_special: control tokens become nothing rather than their text. Raises IndexError for an id out of range.
+        skip_special: control tokens become nothing rather than their text. So does an id beyond the vocabulary, which a
+        model may produce whose table of embeddings was padded.
         """
         hidden = self.special_ids if skip_special else frozenset()
-        return b"".join(b"" if i in hidden else self._bytes[i] for i in ids).decode("utf-8", "replace")
+        return b"".join(b"" if i in hidden else self.bytes_of(i) for i in ids).decode("utf-8", "replace")
+
+    def bytes_of(self, token: int) -> bytes:
+        """The bytes that a token stands for; for a control token its text; b"" beyond the vocabulary."""
+        return self._bytes[token] if token < len(self._bytes) else b""
 
     @functools.cached_property
     def _bytes(self) -> list[bytes]:
         """Id -> the bytes it stands for; for a control token its text."""
         char_to_byte = {char: byte for byte, char in _byte_to_char().items()}
         table = [b""] * self.vocab_size
+        added = self._plain.get_added_tokens_decoder()
         for token, i in self._plain.get_vocab().items():
-            table[i] = token.encode() if i in self.special_ids else bytes(char_to_byte[char] for char in token)
+            table[i] = token.encode() if i in added else bytes(char_to_byte[char] for char in token)
         return table
 
     def token_bytes(self) -> np.ndarray:
@@ -161,43 +181,33 @@ class Tokenizer:
 
     @functools.cached_property
     def vocab_size(self) -> int:
-        """Number of ids, control tokens included."""
-        return self._plain.get_vocab_size(with_added_tokens=True)
+        """Number of ids, control tokens included; the largest id and one, where a vocabulary has gaps."""
+        return max(self._plain.get_vocab().values()) + 1
 
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids of the control tokens."""
-        return frozenset(self._plain.get_added_tokens_decoder())
+        return frozenset(i for i, token in self._plain.get_added_tokens_decoder().items() if token.special)
+
+    @property
+    def template_variables(self) -> dict[str, str]:
+        """Names of control tokens that a chat template may use."""
+        return {"bos_token": self.controls.endoftext, "eos_token": self.controls.end, "pad_token": self.controls.pad}
 
     @property
     def pad_id(self) -> int:
         """Id of padding."""
-        return self._plain.token_to_id(PAD)
+        return self._plain.token_to_id(self.controls.pad)
 
     @property
     def endoftext_id(self) -> int:
         """Id of the token between documents, which is also the first of every text."""
-        return self._plain.token_to_id(ENDOFTEXT)
-
-    @property
-    def system_id(self) -> int:
-        """Id of the system role's header."""
-        return self._plain.token_to_id(SYSTEM)
-
-    @property
-    def user_id(self) -> int:
-        """Id of the user role's header."""
-        return self._plain.token_to_id(USER)
-
-    @property
-    def assistant_id(self) -> int:
-        """Id of the assistant role's header."""
-        return self._plain.token_to_id(ASSISTANT)
+        return self._plain.token_to_id(self.controls.endoftext)
 
     @property
     def end_id(self) -> int:
         """Id of the end of a turn."""
-        return self._plain.token_to_id(END)
+        return self._plain.token_to_id(self.controls.end)
 
 
 class DecodeStream:
@@ -207,13 +217,13 @@ class DecodeStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, skip_special: bool = True):
-        self._table = tokenizer._bytes
+        self._bytes_of = tokenizer.bytes_of
         self._hidden = tokenizer.special_ids if skip_special else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
 
     def step(self, token: int) -> str:
         """The text that `token` completes; may be empty."""
-        return "" if token in self._hidden else self._decoder.decode(self._table[token])
+        return "" if token in self._hidden else self._decoder.decode(self._bytes_of(token))
 
     def finish(self) -> str:
         """What is still withheld, as U+FFFD; the stream can then be used anew."""

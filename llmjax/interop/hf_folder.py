@@ -14,9 +14,8 @@ from jax.sharding import Mesh
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from llmjax.data.folders import whole_folder
 from llmjax.errors import UserError
-from llmjax.files import read_json, write_json_atomic
+from llmjax.files import read_json, whole_folder, write_json_atomic
 from llmjax.interop.hf_config import hf_config, model_config
 from llmjax.interop.hf_tensors import Leaf, Place, disk_shape, leaves, tensor_map
 from llmjax.models.config import ModelConfig
@@ -44,7 +43,7 @@ def load_params(folder: str, cfg: ModelConfig, family: str, mesh: Mesh | None = 
     read, for a tensor that is missing, superfluous or of another shape.
     """
     specs, places = leaves(cfg), tensor_map(cfg, family)
-    files = _check(folder, cfg, specs, places)
+    files = locate_tensors(folder, cfg, family)
     by_leaf: dict[Leaf, list[tuple[tuple[int, ...], str, int]]] = {leaf: [] for leaf in specs}
     for name, place in places.items():
         for part, (leaf, index) in enumerate(place.parts):
@@ -90,8 +89,9 @@ def _aligned(shape, dtype) -> np.ndarray:
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
-def _check(folder, cfg, specs, places: dict[str, Place]) -> dict[str, str]:
-    """Tensor -> file, after every name and shape was compared with what the config asks for."""
+def locate_tensors(folder: str, cfg: ModelConfig, family: str) -> dict[str, str]:
+    """Tensor -> file, after every name and shape was compared with what the config asks for; reads no weight."""
+    specs, places = leaves(cfg), tensor_map(cfg, family)
     files = _locate(folder)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in sorted(set(files.values())):

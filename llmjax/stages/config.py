@@ -12,6 +12,8 @@ from llmjax.models.config import ModelConfig
 from llmjax.sharding import MeshConfig, check_batch
 from llmjax.training.optimizer import OptimizerConfig
 
+HF = "hf:"
+
 
 def _positive(cfg, *names: str) -> None:
     for name in names:
@@ -23,9 +25,11 @@ def _positive(cfg, *names: str) -> None:
 class Pretrain:
     """Next-token prediction on packed documents.
 
-    batch_size sequences of `length` tokens a step; held-out loss every eval_every steps on at most eval_batches batches.
+    init: "" starts from random weights, "hf:FOLDER" from a model in Hugging Face format. batch_size sequences of `length`
+    tokens a step; held-out loss every eval_every steps on at most eval_batches batches.
     """
 
+    init: str = ""
     steps: int = 300
     batch_size: int = 32
     length: int = 128
@@ -35,11 +39,16 @@ class Pretrain:
 
     def validate(self) -> None:
         _positive(self, "steps", "batch_size", "length", "eval_every", "eval_batches")
+        if self.init and not self.init.startswith(HF):
+            raise UserError(f'init={self.init!r} is neither "" (random weights) nor "hf:FOLDER"')
 
 
 @dataclass(frozen=True)
 class SFT:
-    """Supervised fine-tuning on dialogues, packed; loss on the assistant's tokens and their end of turn only."""
+    """Supervised fine-tuning on dialogues, packed; loss on the assistant's tokens and their end of turn only.
+
+    init: an earlier stage, or "hf:FOLDER" for a model in Hugging Face format.
+    """
 
     init: str = "pretrain"
     steps: int = 100
@@ -196,11 +205,19 @@ class Experiment:
             if cfg is None:
                 continue
             source, earlier = getattr(cfg, link), self.stages()[: self.stages().index(stage)]
+            if stage == "sft" and source.startswith(HF) and not earlier:
+                continue
             if source not in earlier:
                 raise UserError(
                     f"{stage}.{link}={source!r} is not an earlier stage of this experiment; "
                     f"there is {', '.join(earlier) or 'none'}"
                 )
+
+    @property
+    def hf_folder(self) -> str | None:
+        """The Hugging Face folder that the first stage starts from, if it does; model and tokenizer are then its own."""
+        init = getattr(getattr(self, self.stages()[0]), "init", "")
+        return init.removeprefix(HF) if init.startswith(HF) else None
 
     def stages(self) -> tuple[str, ...]:
         """Names of the stages it has, in order."""

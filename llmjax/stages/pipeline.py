@@ -17,6 +17,8 @@ from llmjax.config import diff, from_dict, to_json
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.files import read_json, write_text_atomic
+from llmjax.interop.hf_folder import locate_tensors, read_config
+from llmjax.interop.hf_tokenizer import read_tokenizer
 from llmjax.models.spec import shardings
 from llmjax.models.transformer import transformer_spec
 from llmjax.sharding import MeshConfig, make_mesh, use_mesh
@@ -44,6 +46,7 @@ def run_experiment(experiment: Experiment, workdir: str, command: str) -> None:
     is written, when there are too few devices, when `workdir` cannot be used or was made by another config, and when
     the corpus cannot be read.
     """
+    experiment = with_own_model(experiment)
     check(experiment, workdir)
     _complete(experiment, workdir)
     if jax.process_index() == 0:
@@ -53,6 +56,7 @@ def run_experiment(experiment: Experiment, workdir: str, command: str) -> None:
 def run_study(study: Study, workdir: str, command: str) -> None:
     """Runs the experiments of a study, each in workdir/<name>, and sets them side by side. All are checked first."""
     runs = {name: os.path.join(workdir, name) for name in study.experiments}
+    study = replace(study, experiments={name: with_own_model(one) for name, one in study.experiments.items()})
     for name, experiment in study.experiments.items():
         check(experiment, runs[name])
     for name, experiment in study.experiments.items():
@@ -63,6 +67,20 @@ def run_study(study: Study, workdir: str, command: str) -> None:
         Console().print(study_table([read_run(folder, name) for name, folder in runs.items()]))
         path = write_study_report(workdir, list(study.experiments), study.name)
         print(f"report    {path}")
+
+
+def with_own_model(experiment: Experiment) -> Experiment:
+    """The experiment with the model that its Hugging Face folder describes, if it starts from one; how it is computed
+    (dtype, layer_loop, remat) stays as the experiment says. Raises UserError if the folder is not whole."""
+    if experiment.hf_folder is None:
+        return experiment
+    folder, asked = experiment.hf_folder, experiment.model
+    own, raw = read_config(folder)
+    locate_tensors(folder, own, raw["model_type"])
+    known = read_tokenizer(folder).vocab_size
+    if known > own.vocab_size:
+        raise UserError(f"{folder}: the tokenizer has {known} tokens, but the model only vocab_size={own.vocab_size}")
+    return replace(experiment, model=replace(own, dtype=asked.dtype, layer_loop=asked.layer_loop, remat=asked.remat))
 
 
 def check(experiment: Experiment, workdir: str) -> None:

@@ -18,6 +18,7 @@ from llmjax.data.tokenizer import Tokenizer
 from llmjax.data.world import make_world
 from llmjax.errors import UserError
 from llmjax.evals.answers import question_tokens
+from llmjax.interop.hf_tokenizer import read_tokenizer
 from llmjax.stages.config import Experiment
 from llmjax.stages.run import Run
 
@@ -35,11 +36,15 @@ def corpus_of(experiment: Experiment, workdir: str) -> Corpus:
 
 
 def load_tokenizer(experiment: Experiment, workdir: str) -> Tokenizer:
-    """The tokenizer of a workdir; trained on the training split of its corpus if there is none yet."""
+    """The tokenizer of a workdir. If there is none yet: that of the Hugging Face folder which the experiment starts from,
+    else one trained on the training split of its corpus."""
     directory = os.path.join(workdir, "tokenizer")
     if os.path.isdir(directory):
         return Tokenizer.load(directory)
-    tokenizer = Tokenizer.train(corpus_of(experiment, workdir).train, experiment.tokenizer)
+    if experiment.hf_folder is not None:
+        tokenizer = read_tokenizer(experiment.hf_folder)
+    else:
+        tokenizer = Tokenizer.train(corpus_of(experiment, workdir).train, experiment.tokenizer)
     tokenizer.save(directory)
     return tokenizer
 
@@ -50,7 +55,8 @@ def pretrain_data(run: Run) -> tuple[Packed, Packed]:
 
     def pack(split: str) -> Packed:
         corpus = corpus_of(run.experiment, run.workdir)
-        return pack_stream(_encoded(getattr(corpus, split), run.tokenizer), length)
+        tokens = _encoded(getattr(corpus, split), run.tokenizer)
+        return pack_stream(tokens, length, endoftext_id=run.tokenizer.endoftext_id, pad_id=run.tokenizer.pad_id)
 
     return tuple(_once(run, f"pretrain-{split}-{length}", lambda s=split: pack(s)) for split in ("train", "validation"))
 
@@ -61,7 +67,7 @@ def sft_data(run: Run) -> tuple[Packed, Packed]:
 
     def pack(split: str) -> Packed:
         chats = (encode_chat(run.tokenizer, chat["messages"]) for chat in world(run, "dialogues", split))
-        return pack_examples(((chat.tokens, chat.loss_mask) for chat in chats), length)
+        return pack_examples(((chat.tokens, chat.loss_mask) for chat in chats), length, pad_id=run.tokenizer.pad_id)
 
     return tuple(_once(run, f"sft-{split}-{length}", lambda s=split: pack(s)) for split in ("train", "validation"))
 

@@ -21,7 +21,7 @@ NGRAM_ORDER = 5
 
 
 def run_pretrain(run: Run) -> None:
-    """Trains from scratch on packed documents; reports held-out loss beside a 5-gram model of the same tokens."""
+    """Trains on packed documents; reports held-out loss beside a 5-gram model of the same tokens."""
     cfg, model = run.experiment.pretrain, run.model
     train_data, eval_data = pretrain_data(run)
     batches = make_batches(train_data.arrays(), batch_size=cfg.batch_size, seed=run.experiment.seed)
@@ -38,8 +38,9 @@ def run_pretrain(run: Run) -> None:
             num_bytes += int((token_bytes[batch["targets"]] * batch["loss_mask"]).sum())
         return language_metrics(nats, tokens, num_bytes)
 
+    start = run.load_lm(cfg.init) if cfg.init else init_params(specs, run.key("pretrain", "init"), run.mesh)
     trained = fit(
-        run, "pretrain", specs, init_params(specs, run.key("pretrain", "init"), run.mesh),
+        run, "pretrain", specs, start,
         lambda params, batch, key: lm_loss(params, batch, key, model), batches, cfg.optimizer, cfg.steps,
         cfg.batch_size * cfg.length, cfg.length, [Hook(cfg.eval_every, evaluate)],
     )  # fmt: skip

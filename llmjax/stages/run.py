@@ -18,11 +18,12 @@ from jax.sharding import Mesh
 from llmjax.data.batches import BatchSource
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.files import read_json, write_json_atomic
+from llmjax.interop import hf_folder
 from llmjax.models.config import ModelConfig
 from llmjax.models.spec import abstract_params
 from llmjax.models.stats import train_flops_per_token
 from llmjax.models.transformer import Params, transformer_spec
-from llmjax.stages.config import Experiment
+from llmjax.stages.config import HF, Experiment
 from llmjax.training import checkpoint
 from llmjax.training.checkpoint import Checkpoints
 from llmjax.training.loop import Hook, Loop, StepFn, train
@@ -65,7 +66,10 @@ class Run:
         return read_json(path) if os.path.exists(path) else None
 
     def load_lm(self, stage: str) -> Params:
-        """The language model that `stage` made."""
+        """The language model that `stage` made, or that lies in Hugging Face format at "hf:FOLDER"."""
+        if stage.startswith(HF):
+            folder = stage.removeprefix(HF)
+            return hf_folder.load_params(folder, self.model, hf_folder.read_config(folder)[1]["model_type"], self.mesh)
         return self.load(stage, transformer_spec(self.model))
 
     def load(self, stage: str, specs: Any) -> Any:

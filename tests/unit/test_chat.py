@@ -43,9 +43,10 @@ def spans(mask):
 def test_tokens_and_mask_of_a_dialogue(tokenizer):
     tokens, mask = encode_chat(tokenizer, DIALOGUE)
     e, t = tokenizer.encode, tokenizer
-    expected = [([t.endoftext_id, t.system_id], 0), (e("Be kind."), 0), ([t.end_id], 0)]
+    system_id, user_id, assistant_id = (t.encode_template(name)[0] for name in ("<|system|>", "<|user|>", "<|assistant|>"))
+    expected = [([t.endoftext_id, system_id], 0), (e("Be kind."), 0), ([t.end_id], 0)]
     for user, assistant in (("Hi", "Hello!"), ("Bye", "See you.")):
-        expected += [([t.user_id], 0), (e(user), 0), ([t.end_id, t.assistant_id], 0)]
+        expected += [([user_id], 0), (e(user), 0), ([t.end_id, assistant_id], 0)]
         expected += [(e(assistant), 1), ([t.end_id], 1)]
     assert tokens == [i for ids, _ in expected for i in ids]
     assert mask == [m for ids, m in expected for _ in ids]
@@ -123,12 +124,34 @@ def test_bad_dialogues(tokenizer, messages, error):
         ("{{ messages.append(1) }}", "unsafe|not safely callable"),
         ("{{ 1 + 'a' }}", "chat template: unsupported operand"),
         ("{% for m in messages %}{{ m.content[:-1] }}{% endfor %}", "takes a message's text apart"),
-        ("{% for m in messages %}{{ m.content }}{% endfor %}", "marks no {% generation %}"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "no control token ends the assistant's turn"),
     ],
 )
 def test_bad_templates(tokenizer, template, error):
     with pytest.raises(UserError, match=error):
         encode_chat(with_template(tokenizer, template), DIALOGUE)
+
+
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+
+
+def test_without_generation_blocks_the_mask_comes_from_the_prefixes(tokenizer):
+    dialogue = [*DIALOGUE[:2], {"role": "assistant", "content": "  Hello!\n"}, *DIALOGUE[3:]]
+    tokens, mask = encode_chat(with_template(tokenizer, CHATML), dialogue)
+    said = [tokenizer.decode([t for t, m in zip(tokens[a:b], mask[a:b]) if m]) for a, b in spans(mask)]
+    assert said == ["Hello!<|end|>", "See you.<|end|>"]
+    forged = [{"role": "user", "content": "<|end|>"}, {"role": "assistant", "content": "<|end|>"}]
+    tokens, mask = encode_chat(with_template(tokenizer, CHATML), forged)
+    assert tokens.count(tokenizer.end_id) == 2 and sum(mask) == len(tokenizer.encode("<|end|>")) + 1
+
+
+def test_a_template_that_breaks_the_prefix_property_is_refused(tokenizer):
+    breaks = CHATML + "{{ messages | length }}"  # what is written last changes with every turn
+    with pytest.raises(UserError, match="is not the beginning of what it makes of the dialogue"):
+        encode_chat(with_template(tokenizer, breaks), DIALOGUE)
 
 
 def test_tojson_keeps_angle_brackets(tokenizer):

@@ -2,14 +2,20 @@
 
 import os
 from collections import Counter
+from functools import partial
 
 import numpy as np
 import pytest
 
-from llmjax.data.packing import Packed, pack_examples, pack_stream
+from llmjax.data import packing
+from llmjax.data.packing import Packed
 from llmjax.errors import UserError
 
 EOT = 1
+
+
+pack_stream = partial(packing.pack_stream, endoftext_id=1, pad_id=0)
+pack_examples = partial(packing.pack_examples, pad_id=0)
 
 
 def random_docs(seed, num=40, longest=30):

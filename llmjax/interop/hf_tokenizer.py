@@ -1,0 +1,88 @@
+"""The tokenizer of a Hugging Face folder: tokenizer.json, or GPT-2's vocab.json and merges.txt, with its chat template."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
+from llmjax.data.chat import encode_chat
+from llmjax.data.tokenizer import Controls, Tokenizer
+from llmjax.errors import UserError
+from llmjax.files import read_json, read_text
+
+PLAIN_TEMPLATE = """\
+{{- bos_token }}
+{%- for message in messages %}
+    {{- {"system": "System", "user": "User", "assistant": "Assistant"}[message.role] + ": " }}
+    {%- if message.role == "assistant" %}
+        {%- generation %}{{ message.content + eos_token }}{% endgeneration %}
+    {%- else %}
+        {{- message.content + "\\n\\n" }}
+    {%- endif %}
+{%- endfor %}
+{%- if add_generation_prompt %}{{ "Assistant: " }}{% endif %}
+"""
+"""For a base model, which has no template: roles in words, so that no token is needed that it does not know."""
+
+
+def read_tokenizer(folder: str) -> Tokenizer:
+    """Tokenizer, chat template and control tokens of a folder.
+
+    The end of a turn is the last control token that the template writes behind an assistant's text, else eos_token. Raises
+    UserError, naming the file, if there is no tokenizer, or none that is a byte-level BPE.
+    """
+    config = _optional_json(os.path.join(folder, "tokenizer_config.json"))
+    path = os.path.join(folder, "tokenizer.json")
+    serialized = read_text(path) if os.path.exists(path) else _gpt2(folder)
+    names = {name: _token(config.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
+    eos = names["eos"] or names["bos"]
+    if eos is None:
+        raise UserError(f"{folder}: tokenizer_config.json names no eos_token, so a model could not learn to stop")
+    bos = names["bos"] or eos
+    template = _template(folder, config)
+    try:
+        tokenizer = Tokenizer(serialized, template, Controls(names["pad"] or eos, bos, eos))
+        turn = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
+        last = [i for i, produced in zip(*encode_chat(tokenizer, turn)) if produced][-1]
+        end = tokenizer.decode([last])
+        return Tokenizer(serialized, template, Controls(names["pad"] or eos, bos, end))
+    except UserError as error:
+        raise UserError(f"{folder}: {error}") from error
+    except Exception as error:  # the tokenizers library raises bare Exception for any malformed file
+        raise UserError(f"{path}: not a tokenizer ({error})") from error
+
+
+def _optional_json(path: str) -> dict[str, Any]:
+    return read_json(path) if os.path.exists(path) else {}
+
+
+def _token(value: Any) -> str | None:
+    """A token's text, which may stand there alone or as the field of an object."""
+    return value["content"] if isinstance(value, dict) else value
+
+
+def _template(folder: str, config: dict[str, Any]) -> str:
+    path = os.path.join(folder, "chat_template.jinja")
+    if os.path.exists(path):
+        return read_text(path)
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several by name
+        template = {entry["name"]: entry["template"] for entry in template}.get("default")
+    return template or PLAIN_TEMPLATE
+
+
+def _gpt2(folder: str) -> str:
+    vocab, merges = (os.path.join(folder, name) for name in ("vocab.json", "merges.txt"))
+    if not (os.path.exists(vocab) and os.path.exists(merges)):
+        raise UserError(f"{folder}: holds no tokenizer.json, nor vocab.json with merges.txt")
+    lines = [line for line in read_text(merges).split("\n") if line and not line.startswith("#version")]
+    pairs = [tuple(line.split(" ")) for line in lines]
+    ids = read_json(vocab)
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([token for token in ids if token.startswith("<|") and token.endswith("|>")])
+    return tokenizer.to_str()

@@ -1,0 +1,83 @@
+"""From a Hugging Face folder through SFT and back into one, tokenizer and template included."""
+
+import json
+
+import program
+import pytest
+import tiny
+
+from llmjax import convert, main
+from llmjax.data.tokenizer import Tokenizer, TokenizerConfig
+from llmjax.errors import UserError
+from llmjax.interop.hf_folder import save_params
+from llmjax.interop.hf_tokenizer import read_tokenizer
+from llmjax.models.config import ModelConfig, MoEConfig
+
+MODEL = ModelConfig(vocab_size=300, num_layers=2, embed_dim=16, num_heads=2, num_kv_heads=1, head_dim=8, mlp_dim=24,
+                    qk_norm="head", moe=MoEConfig(num_experts=4, top_k=2, mlp_dim=12))  # fmt: skip
+TEMPLATE = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content | trim }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+SMALL = [
+    "--config.sft.steps=4", "--config.sft.batch_size=4", "--config.sft.length=96", "--config.data.num_documents=20",
+    "--config.data.num_dialogues=60", "--config.evaluation.num_questions=8", "--config.evaluation.batch_size=8",
+]  # fmt: skip
+
+
+@pytest.fixture(name="folder")
+def make_folder(tmp_path):
+    """A tiny Qwen3-MoE whose template has no {% generation %} block."""
+    folder = tmp_path / "hf"
+    save_params(tiny.language_model(MODEL), MODEL, "qwen3_moe", str(folder))
+    tokenizer = Tokenizer.train(["Who lives in the town? 3 plus 4 is 7."] * 9, TokenizerConfig(vocab_size=290))
+    tokenizer.save(tmp_path / "tokenizer")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tmp_path / "tokenizer" / name).read_bytes())
+    (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    return folder
+
+
+def run(folder, workdir, *flags):
+    experiment = f"--config={program.REPOSITORY / 'experiments' / 'sft_from_hf.py'}:{folder}"
+    main.run(["llmjax", experiment, f"--workdir={workdir}", *SMALL, *flags])
+
+
+def test_sft_of_a_folder_and_back(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("LLMJAX_KEEP_MEMORY", "0")
+    run(folder, tmp_path / "run")
+    result = program.result(tmp_path / "run", "sft")
+    assert result["steps"] == 4 and result["metrics"]["loss"] > 0
+    assert "chat with it" in capsys.readouterr().out
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())["model"]
+    assert saved["embed_dim"] == 16 and saved["moe"]["num_experts"] == 4 and saved["qk_norm"] == "head"
+    tokenizer = Tokenizer.load(tmp_path / "run" / "tokenizer")
+    assert tokenizer.fingerprint() == read_tokenizer(str(folder)).fingerprint()
+    assert tokenizer.decode([tokenizer.end_id]) == "<|end|>" and tokenizer.chat_template == TEMPLATE
+    convert.run(["llmjax-convert", f"--source={tmp_path}/run/sft", f"--target={tmp_path}/out"])
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen3_moe"
+    assert read_tokenizer(str(tmp_path / "out")).fingerprint() == tokenizer.fingerprint()
+    run(tmp_path / "out", tmp_path / "again")  # and that folder is one to start from
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
+        (lambda f: (f / "model.safetensors").unlink(), "holds neither"),
+        (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer.json, nor vocab.json with merges.txt"),
+        (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: not a tokenizer"),
+        (lambda f: (f / "tokenizer_config.json").unlink(), "names no eos_token"),
+        (lambda f: (f / "chat_template.jinja").write_text("{{ messages[0].content }}"), "breaks|beginning|ends the assist"),
+    ],
+)
+def test_a_broken_folder_is_refused_before_anything_is_written(folder, tmp_path, damage, words):
+    damage(folder)
+    with pytest.raises(UserError, match=words) as caught:
+        run(folder, tmp_path / "run")
+    assert "\n" not in str(caught.value) and not (tmp_path / "run").exists()
+
+
+def test_a_folder_is_given_behind_a_colon():
+    with pytest.raises(UserError, match="give the model's folder behind a colon"):
+        main.run(["llmjax", f"--config={program.REPOSITORY / 'experiments' / 'sft_from_hf.py'}", "--workdir=x"])
