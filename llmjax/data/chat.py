@@ -6,6 +6,7 @@ is ever encoded, so "<|end|>" typed by a user stays text whatever the template d
 """
 
 import functools
+import itertools
 import json
 import re
 import typing
@@ -76,7 +77,8 @@ def encode_chat(
     if not marked:
         raise UserError("the dialogue has no message; give at least one")
     chat = _encode(tokenizer, marked, add_generation_prompt)
-    if any(chat.loss_mask) or all(message["role"] != "assistant" for message in messages):
+    told = any(chat.loss_mask) or all(message["role"] != "assistant" for message in messages)
+    if told or add_generation_prompt:  # nobody learns from a prompt
         return chat
     return _masked_by_prefixes(tokenizer, marked, chat)
 
@@ -95,7 +97,9 @@ def _masked_by_prefixes(tokenizer: "Tokenizer", marked: list[dict[str, str]], ch
             continue
         before = _encode(tokenizer, marked[:number], True).tokens
         after = _encode(tokenizer, marked[: number + 1], False).tokens
-        if after[: len(before)] != before or chat.tokens[: len(after)] != after:
+        # Some templates close the whole dialogue with a token of its own, which is not there when it goes on.
+        after = [here for here, there in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(after, chat.tokens))]
+        if after[: len(before)] != before:
             raise UserError(
                 "chat template: what it makes of a dialogue's beginning is not the beginning of what it makes of the "
                 "dialogue, so the assistant's tokens cannot be told; put {% generation %} around its text"

@@ -149,7 +149,7 @@ def test_without_generation_blocks_the_mask_comes_from_the_prefixes(tokenizer):
 
 
 def test_a_template_that_breaks_the_prefix_property_is_refused(tokenizer):
-    breaks = CHATML + "{{ messages | length }}"  # what is written last changes with every turn
+    breaks = "{{ messages | length }}" + CHATML  # what is written first changes with every turn
     with pytest.raises(UserError, match="is not the beginning of what it makes of the dialogue"):
         encode_chat(with_template(tokenizer, breaks), DIALOGUE)
 
