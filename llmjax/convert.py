@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from absl import flags
@@ -17,6 +19,7 @@ USAGE = """llmjax-convert turns models from one form into another; which way fol
   a Hugging Face folder -> a checkpoint:    llmjax-convert --source=models/Qwen3-0.6B --target=models/qwen3
   a checkpoint -> a Hugging Face folder:    llmjax-convert --source=models/qwen3 --target=models/qwen3-hf
   a stage of a run -> such a folder:        llmjax-convert --source=runs/quickstart/ppo --target=models/mine
+  a dense one of these -> a sparse folder:  llmjax-convert --source=models/Qwen3-0.6B --target=models/moe --num_experts=8
 """
 MODEL_FILE, PARAMS = "model.json", "params"
 # What a Hugging Face folder holds beside weights and config.json.
@@ -34,6 +37,13 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_enum(
         "dtype", None, ("float32", "bfloat16"), "of the numbers in --target; default: as in --source", flag_values=values
     )  # fmt: skip
+    flags.DEFINE_integer(
+        "num_experts", 0, "upcycle: this many experts, each a copy of the feed-forward layer", flag_values=values
+    )  # fmt: skip
+    flags.DEFINE_integer("top_k", 2, "upcycle: experts of a token", flag_values=values)
+    flags.DEFINE_float("noise", 0.0, "upcycle: added to each copy, relative to the matrix's deviation", flag_values=values)
+    flags.DEFINE_float("drop", 0.0, "upcycle: share of the hidden units that each expert draws afresh", flag_values=values)
+    flags.DEFINE_integer("seed", 0, "upcycle: of router, noise and drop", flag_values=values)
     flags.DEFINE_bool("help", False, "show this help", flag_values=values)
     return values
 
@@ -51,71 +61,111 @@ def run(argv: Sequence[str]) -> None:
     if os.path.exists(target):
         raise UserError(f"--target={target}: exists already; name a new folder")
     if os.path.exists(os.path.join(source, MODEL_FILE)):
-        done = _export_checkpoint(source, target, values.dtype)
+        model = _open_checkpoint(source)
     elif os.path.exists(os.path.join(source, "result.json")):
-        done = _export_stage(source, target, values.dtype)
+        model = _open_stage(source)
     elif os.path.exists(os.path.join(source, "config.json")):
-        done = _import(source, target, values.dtype)
+        model = _open_folder(source)
+        if not values.num_experts:
+            print(_write_checkpoint(model, target, values.dtype or model.dtype))
+            return
     else:
         raise UserError(f"--source={source}: holds neither config.json, {MODEL_FILE} nor result.json")
-    print(done)
+    if values.num_experts:
+        model = _upcycled(model, values)
+    print(_write_folder(model, target, values.dtype or model.dtype))
 
 
-def _import(source: str, target: str, dtype: str | None) -> str:
-    import shutil
+@dataclass(frozen=True)
+class Model:
+    """What a source holds; the weights are not read before load(dtype).
 
-    from llmjax.files import write_json_atomic
+    raw: the config.json that it came from, or None. dtype: of the numbers in the source. beside: tokenizer files.
+    """
+
+    cfg: Any
+    load: Callable[[str], Any]
+    dtype: str
+    raw: dict[str, Any] | None
+    beside: list[str]
+
+
+def _open_folder(source: str) -> Model:
     from llmjax.interop.hf_folder import load_params, read_config
-    from llmjax.models.stats import total_params
-    from llmjax.training.checkpoint import save_params
 
     cfg, raw = read_config(source)
-    dtype = dtype or cfg.dtype
-    save_params(os.path.join(target, PARAMS), load_params(source, cfg, raw["model_type"], dtype=dtype))
-    for file in _beside(source):
-        shutil.copy(file, target)
-    # Last: its presence says that the checkpoint is whole.
-    write_json_atomic(os.path.join(target, MODEL_FILE), {"dtype": dtype, "config": raw})
-    return f"{target}: {raw['model_type']}, {total_params(cfg) / 1e6:,.1f} M parameters, {dtype}"
+    return Model(cfg, lambda dtype: load_params(source, cfg, raw["model_type"], dtype=dtype), cfg.dtype, raw, _beside(source))
 
 
-def _export_checkpoint(source: str, target: str, dtype: str | None) -> str:
+def _open_checkpoint(source: str) -> Model:
     from llmjax.files import read_json
     from llmjax.interop.hf_config import model_config
 
     path = os.path.join(source, MODEL_FILE)
     about = read_json(path)
-    cfg, family = model_config(about["config"], path), about["config"]["model_type"]
-    stored = about["dtype"]
-    return _export(os.path.join(source, PARAMS), cfg, family, target, dtype or stored, stored, about["config"], _beside(source))
+    return _stored(source, model_config(about["config"], path), about["dtype"], about["config"], _beside(source))
 
 
-def _export_stage(source: str, target: str, dtype: str | None) -> str:
-    from llmjax.interop.hf_config import family_of
+def _open_stage(source: str) -> Model:
     from llmjax.stages.pipeline import open_run
 
     workdir, stage = os.path.split(source)
     if stage == "reward":
         raise UserError(f"--source={source}: a reward model ends in a number, which a language model's folder cannot hold")
-    cfg = open_run(workdir).model
-    tokenizer = _beside(os.path.join(workdir, "tokenizer"))
-    return _export(os.path.join(source, PARAMS), cfg, family_of(cfg), target, dtype or "float32", "float32", None, tokenizer)
+    return _stored(source, open_run(workdir).model, "float32", None, _beside(os.path.join(workdir, "tokenizer")))
 
 
-def _export(params: str, cfg, family: str, target: str, dtype: str, stored: str, raw: dict[str, Any] | None, beside) -> str:
+def _stored(source: str, cfg, stored: str, raw: dict[str, Any] | None, beside: list[str]) -> Model:
+    """A model whose parameters lie in an Orbax checkpoint below `source`."""
     import jax
     import jax.numpy as jnp
 
-    from llmjax.interop.hf_folder import save_params
     from llmjax.models.spec import abstract_params
     from llmjax.models.transformer import transformer_spec
     from llmjax.training.checkpoint import load_params
 
-    abstract = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(stored), sharding=leaf.sharding),
-        abstract_params(transformer_spec(cfg)),
-    )
-    save_params(load_params(params, abstract), cfg, family, target, source=raw, dtype=dtype, beside=beside)
+    def load(_dtype: str):
+        abstract = jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.dtype(stored), sharding=leaf.sharding),
+            abstract_params(transformer_spec(cfg)),
+        )
+        return load_params(os.path.join(source, PARAMS), abstract)
+
+    return Model(cfg, load, stored, raw, beside)
+
+
+def _upcycled(model: Model, values: flags.FlagValues) -> Model:
+    import jax
+
+    from llmjax.models.config import MoEConfig
+    from llmjax.models.upcycle import upcycle
+
+    moe = MoEConfig(num_experts=values.num_experts, top_k=values.top_k, mlp_dim=model.cfg.mlp_dim)
+    moe.validate()
+    key, options = jax.random.key(values.seed), dict(noise=values.noise, drop=values.drop)
+    params, cfg = upcycle(model.load("float32"), model.cfg, moe, key, **options)
+    return Model(cfg, lambda _dtype: params, model.dtype, None, model.beside)
+
+
+def _write_checkpoint(model: Model, target: str, dtype: str) -> str:
+    from llmjax.files import write_json_atomic
+    from llmjax.models.stats import total_params
+    from llmjax.training.checkpoint import save_params
+
+    save_params(os.path.join(target, PARAMS), model.load(dtype))
+    for file in model.beside:
+        shutil.copy(file, target)
+    # Last: its presence says that the checkpoint is whole.
+    write_json_atomic(os.path.join(target, MODEL_FILE), {"dtype": dtype, "config": model.raw})
+    return f"{target}: {model.raw['model_type']}, {total_params(model.cfg) / 1e6:,.1f} M parameters, {dtype}"
+
+
+def _write_folder(model: Model, target: str, dtype: str) -> str:
+    from llmjax.interop.hf_config import family_of
+    from llmjax.interop.hf_folder import save_params
+
+    family = model.raw["model_type"] if model.raw else family_of(model.cfg)
+    save_params(model.load(dtype), model.cfg, family, target, source=model.raw, dtype=dtype, beside=model.beside)
     return f"{target}: {family} in Hugging Face format, {dtype}"
 
 
