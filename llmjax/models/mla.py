@@ -86,7 +86,8 @@ def mla_attention(
     if cache is None:
         k_nope = sharding.einsum("BTR,RNH->BTNH", latent_BTR, w.k_up.astype(dtype))
         v_BTNH = sharding.einsum("BTR,RNH->BTNH", latent_BTR, w.v_up.astype(dtype))
-        k_BTNH = jnp.concatenate([k_nope, jnp.broadcast_to(k_rope, (*k_nope.shape[:-1], m.rope_dim))], axis=-1)
+        for_all_heads = sharding.constrain(jnp.broadcast_to(k_rope, (*k_nope.shape[:-1], m.rope_dim)), "BTNH")
+        k_BTNH = jnp.concatenate([k_nope, for_all_heads], axis=-1)
         q_BTNH = jnp.concatenate([q_nope, q_rope], axis=-1)
         y_BTNH = attend_sequence(q_BTNH, k_BTNH, v_BTNH, segment_ids_BT, cfg, window)
     else:

@@ -14,6 +14,7 @@ from llmjax import sharding
 from llmjax.errors import UserError
 from llmjax.generation.decode import Generation, generate
 from llmjax.generation.sampling import SamplingConfig
+from llmjax.models.config import MLAConfig, MoEConfig, RopeScaling
 from llmjax.models.heads import scalar_model_spec
 from llmjax.models.spec import init_params, shardings
 from llmjax.models.transformer import transformer_spec
@@ -47,8 +48,31 @@ class Options:
     missing_end_penalty: float = 1.0
 
 
+# What families add to the two models that every other test uses.
+FAMILIES = {
+    "latent": dataclasses.replace(
+        tiny.DENSE, num_layers=3, mla=MLAConfig(kv_lora_rank=8, q_lora_rank=8, nope_dim=6, rope_dim=4, v_dim=8),
+        moe=MoEConfig(
+            num_experts=4, top_k=2, mlp_dim=12, scoring="sigmoid", selection_bias=True, num_groups=2, top_k_groups=1,
+            routed_scaling=2.0, shared_mlp_dim=12, first_k_dense=1,
+        ),
+    ),
+    "sinks": dataclasses.replace(
+        tiny.SPARSE, sliding_window=3, global_every=2, attention_sinks=True, qkv_bias=True, out_bias=True,
+        activation="clipped_silu", activation_limit=0.5, moe=dataclasses.replace(
+            tiny.SPARSE.moe, router_bias=True, expert_bias=True),
+    ),
+    "norms": dataclasses.replace(
+        tiny.DENSE, sliding_window=3, global_every=2, local_rope_theta=100.0, qk_norm="full", post_norms=True,
+        norm_offset=1.0, scale_embedding=True, activation="gelu", attention_softcap=2.0, logit_softcap=3.0,
+        rope_scaling=RopeScaling("yarn", factor=4.0, original_length=8),
+    ),
+}  # fmt: skip
+MODELS = tiny.MODELS | FAMILIES
+
+
 def model_config(model: str, loop: str = "unroll"):
-    return dataclasses.replace(tiny.MODELS[model], layer_loop=loop)
+    return dataclasses.replace(MODELS[model], layer_loop=loop)
 
 
 def objective(name: str, cfg):
@@ -82,19 +106,6 @@ def on_one_device(name: str, model: str):
     return metrics_loss_and_grads(name, model_config(model), None)
 
 
-def assert_same_as_on_one_device(name, mesh, mode, model, loop):
-    metrics, loss, grads = metrics_loss_and_grads(name, model_config(model, loop), make(mesh, mode))
-    expected_metrics, expected_loss, expected_grads = on_one_device(name, model)
-    np.testing.assert_allclose(loss, expected_loss, rtol=1e-5)
-    for key, value in expected_metrics.items():
-        np.testing.assert_allclose(metrics[key], value, rtol=1e-4, atol=1e-5, err_msg=key)
-    largest = max(float(np.max(np.abs(leaf))) for leaf in jax.tree.leaves(expected_grads))
-    paths, _ = jax.tree_util.tree_flatten_with_path(expected_grads)
-    for (path, want), got in zip(paths, jax.tree.leaves(grads)):
-        worst = np.max(np.abs(got - want)) / largest
-        assert worst <= 1e-5, f"{jax.tree_util.keystr(path)}: {worst:.1e} of the largest gradient"
-
-
 def cases():
     """Every objective on every mesh, in both modes, dense and sparse, unrolled and scanned.
 
@@ -124,6 +135,19 @@ def test_loss_metrics_and_gradients(name, mesh, mode, model, loop):
     for (path, want), got in zip(paths, jax.tree.leaves(grads)):
         worst = np.max(np.abs(got - want)) / largest
         assert worst <= 1e-5, f"{jax.tree_util.keystr(path)}: {worst:.1e} of the largest gradient"
+
+
+@pytest.mark.parametrize("mode, loop", [("auto", "unroll"), ("explicit", "unroll"), ("auto", "scan"), ("explicit", "scan")])
+@pytest.mark.parametrize("model", FAMILIES)
+def test_families(model, mode, loop):
+    test_loss_metrics_and_gradients("lm", EVERY_KIND, mode, model, loop)
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+@pytest.mark.parametrize("model", FAMILIES)
+def test_families_generate_the_same_tokens(model, mode):
+    cfg = model_config(model)
+    np.testing.assert_array_equal(answers(cfg, make(EVERY_KIND, mode)).tokens, answers_on_one_device(cfg).tokens)
 
 
 # Training
