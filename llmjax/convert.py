@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from absl import flags
@@ -20,6 +20,8 @@ USAGE = """llmjax-convert turns models from one form into another; which way fol
   a checkpoint -> a Hugging Face folder:    llmjax-convert --source=models/qwen3 --target=models/qwen3-hf
   a stage of a run -> such a folder:        llmjax-convert --source=runs/quickstart/ppo --target=models/mine
   a dense one of these -> a sparse folder:  llmjax-convert --source=models/Qwen3-0.6B --target=models/moe --num_experts=8
+  any of these + a PEFT adapter -> folder:  llmjax-convert --source=models/Qwen3-0.6B --lora=adapter --target=models/merged
+  an SFT stage's LoRA -> a PEFT adapter:    llmjax-convert --source=runs/sft/sft --target=adapter --adapter_only
 """
 MODEL_FILE, PARAMS = "model.json", "params"
 # What a Hugging Face folder holds beside weights and config.json.
@@ -37,6 +39,8 @@ def define_flags() -> flags.FlagValues:
     flags.DEFINE_enum(
         "dtype", None, ("float32", "bfloat16"), "of the numbers in --target; default: as in --source", flag_values=values
     )  # fmt: skip
+    flags.DEFINE_string("lora", None, "folder of a PEFT adapter, whose updates are added to the model", flag_values=values)
+    flags.DEFINE_bool("adapter_only", False, "write a stage's LoRA in PEFT format, not its merged model", flag_values=values)
     flags.DEFINE_integer(
         "num_experts", 0, "upcycle: this many experts, each a copy of the feed-forward layer", flag_values=values
     )  # fmt: skip
@@ -60,17 +64,22 @@ def run(argv: Sequence[str]) -> None:
         raise UserError(f"--source={source}: no such folder")
     if os.path.exists(target):
         raise UserError(f"--target={target}: exists already; name a new folder")
+    if values.adapter_only:
+        print(_write_adapter(source, target))
+        return
     if os.path.exists(os.path.join(source, MODEL_FILE)):
         model = _open_checkpoint(source)
     elif os.path.exists(os.path.join(source, "result.json")):
         model = _open_stage(source)
     elif os.path.exists(os.path.join(source, "config.json")):
         model = _open_folder(source)
-        if not values.num_experts:
+        if not (values.num_experts or values.lora):
             print(_write_checkpoint(model, target, values.dtype or model.dtype))
             return
     else:
         raise UserError(f"--source={source}: holds neither config.json, {MODEL_FILE} nor result.json")
+    if values.lora:
+        model = _with_adapter(model, values.lora)
     if values.num_experts:
         model = _upcycled(model, values)
     print(_write_folder(model, target, values.dtype or model.dtype))
@@ -132,6 +141,33 @@ def _stored(source: str, cfg, stored: str, raw: dict[str, Any] | None, beside: l
         return load_params(os.path.join(source, PARAMS), abstract)
 
     return Model(cfg, load, stored, raw, beside)
+
+
+def _with_adapter(model: Model, folder: str) -> Model:
+    from llmjax.interop.hf_config import family_of
+    from llmjax.interop.peft_folder import load_adapter
+    from llmjax.models.lora import merge
+
+    family = model.raw["model_type"] if model.raw else family_of(model.cfg)
+    updates, lora = load_adapter(folder, model.cfg, family)
+    return replace(model, load=lambda dtype: merge(model.load(dtype), updates, lora, model.cfg))
+
+
+def _write_adapter(source: str, target: str) -> str:
+    from llmjax.interop.hf_config import family_of
+    from llmjax.interop.peft_folder import save_adapter
+    from llmjax.models.lora import lora_spec
+    from llmjax.stages.pipeline import open_run
+
+    workdir, stage = os.path.split(source)
+    run = open_run(workdir)
+    lora = run.experiment.sft.lora if stage == "sft" and run.experiment.sft else None
+    if lora is None or run.result(stage) is None:
+        raise UserError(f"--source={source}: not a finished SFT stage that was trained with LoRA, so it has no adapter")
+    updates = run.load_adapter(stage, lora_spec(run.model, lora))
+    family = family_of(run.model)
+    save_adapter(updates, lora, run.model, family, target, run.experiment.hf_folder or "")
+    return f"{target}: PEFT adapter of rank {lora.rank} for {family}"
 
 
 def _upcycled(model: Model, values: flags.FlagValues) -> Model:

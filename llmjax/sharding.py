@@ -216,6 +216,15 @@ def local(fn: Callable, in_letters: Sequence[str], out_letters: Sequence[str] | 
     return lambda *args: mapped(*(constrain(a, letters) for a, letters in zip(args, in_letters)))
 
 
+def local_stored(fn: Callable, in_axes: Sequence[Sequence[str | None]], out_axes: Sequence[str | None]) -> Callable:
+    """Like `local`, on parameters as they are stored: each argument and the result by its logical axes."""
+    mesh = _active_mesh()
+    if mesh is None:
+        return fn
+    in_specs = tuple(partition_spec(axes) for axes in in_axes)
+    return jax.shard_map(fn, in_specs=in_specs, out_specs=partition_spec(out_axes), check_vma=False)
+
+
 def axis_size(name: str) -> int:
     """Number of devices along mesh axis `name` in the surrounding `local` region; 1 without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

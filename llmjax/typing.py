@@ -20,6 +20,7 @@ LOGICAL_AXES = {
     "R": "latent",  # low-rank vector of latent attention
     "V": "vocab",  # token ids
     "L": "layers",  # Transformer blocks
+    "r": "rank",  # of a low-rank update
 }
 
 __all__ = ["Array", "Bool", "Float", "Int", "LOGICAL_AXES", "PRNGKeyArray", "Scalar"]

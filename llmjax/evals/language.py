@@ -24,7 +24,8 @@ def _batch_nats(params: Params, batch: dict[str, Array], cfg: ModelConfig) -> tu
         params, batch["inputs"], cfg, positions_BT=batch["positions"], segment_ids_BT=batch["segment_ids"]
     )
     mask_BT = batch["loss_mask"].astype(jnp.float32)
-    return cross_entropy_sum(x_BTD, head_table(params), batch["targets"], mask_BT), jnp.sum(mask_BT)
+    nats = cross_entropy_sum(x_BTD, head_table(params), batch["targets"], mask_BT, cfg.logit_softcap)
+    return nats, jnp.sum(mask_BT)
 
 
 def held_out(

@@ -16,6 +16,7 @@ from llmjax.models.blocked_attention import attention_mask, blocked_attention
 from llmjax.models.cache import LayerCache, append
 from llmjax.models.config import UNLIMITED, ModelConfig
 from llmjax.models.layers import apply_rope, residual_scale, rms_norm
+from llmjax.models.linear import Weight, linear
 from llmjax.models.spec import ParamSpec
 from llmjax.typing import Array, Float, Int
 
@@ -29,10 +30,10 @@ class Attention:
     q_bias [N, H], k_bias, v_bias [K, H], o_bias [D]; q_norm, k_norm [H], or [N, H] and [K, H] over all heads; sinks [N].
     """
 
-    q: Array
-    k: Array
-    v: Array
-    o: Array
+    q: Weight
+    k: Weight
+    v: Weight
+    o: Weight
     q_bias: Array | None = None
     k_bias: Array | None = None
     v_bias: Array | None = None
@@ -86,7 +87,7 @@ def attention(
     dtype = x_BTD.dtype
 
     def project(weight, bias, norm, kind):
-        y = sharding.einsum(f"BTD,D{kind}H->BT{kind}H", x_BTD, weight.astype(dtype))
+        y = linear(f"BTD,D{kind}H->BT{kind}H", x_BTD, weight)
         y = y if bias is None else y + bias.astype(dtype)
         return y if norm is None else rms_norm(y, norm, cfg.norm_eps, cfg.norm_offset)
 
@@ -99,7 +100,7 @@ def attention(
         start = cache.length
         cache = append(cache, k_BTKH, v_BTKH, segment_ids_BT)
         y_BTNH = attend_cached(q_BTNH, cache.k, cache.v, segment_ids_BT, cache, start, cfg, window, w.sinks)
-    y_BTD = sharding.einsum("BTNH,NHD->BTD", y_BTNH, w.o.astype(dtype))
+    y_BTD = linear("BTNH,NHD->BTD", y_BTNH, w.o)
     return (y_BTD if w.o_bias is None else y_BTD + w.o_bias.astype(dtype)), cache
 
 

@@ -12,6 +12,7 @@ from flax import struct
 
 from llmjax import sharding
 from llmjax.models.config import ModelConfig, RopeScaling
+from llmjax.models.linear import Weight, linear
 from llmjax.models.spec import ParamSpec
 from llmjax.typing import Array, Float, Int
 
@@ -92,9 +93,9 @@ def activation(name: str, limit: float) -> Callable[[Array, Array], Array]:
 class Mlp:
     """Weights of a gated feed-forward layer: gate, up [D, F]; down [F, D]."""
 
-    gate: Array
-    up: Array
-    down: Array
+    gate: Weight
+    up: Weight
+    down: Weight
 
 
 def mlp_spec(cfg: ModelConfig, mlp_dim: int) -> Mlp:
@@ -106,9 +107,9 @@ def mlp_spec(cfg: ModelConfig, mlp_dim: int) -> Mlp:
 
 def gated_mlp(w: Mlp, x_BTD: Float[Array, "B T D"], act: Callable[[Array, Array], Array]) -> Float[Array, "B T D"]:
     """down(act(gate(x), up(x))): SwiGLU when act is silu(gate) * up (Shazeer 2020, arXiv:2002.05202, eq. 6)."""
-    gate_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w.gate.astype(x_BTD.dtype))
-    up_BTF = sharding.einsum("BTD,DF->BTF", x_BTD, w.up.astype(x_BTD.dtype))
-    return sharding.einsum("BTF,FD->BTD", act(gate_BTF, up_BTF), w.down.astype(x_BTD.dtype))
+    gate_BTF = linear("BTD,DF->BTF", x_BTD, w.gate)
+    up_BTF = linear("BTD,DF->BTF", x_BTD, w.up)
+    return linear("BTF,FD->BTD", act(gate_BTF, up_BTF), w.down)
 
 
 def residual_scale(cfg: ModelConfig) -> float:

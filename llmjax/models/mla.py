@@ -15,6 +15,7 @@ from llmjax.models.attention import attend_cached, attend_sequence
 from llmjax.models.cache import LayerCache, append
 from llmjax.models.config import ModelConfig
 from llmjax.models.layers import apply_rope, residual_scale, rms_norm
+from llmjax.models.linear import Weight, full_weight, linear
 from llmjax.models.spec import ParamSpec
 from llmjax.typing import Array, Float, Int
 
@@ -27,14 +28,14 @@ class Mla:
     v_up [kv_lora_rank, N, v_dim]; o [N, v_dim, D].
     """
 
-    q_down: Array | None
+    q_down: Weight | None
     q_norm: Array | None
-    q_up: Array
-    kv_down: Array
+    q_up: Weight
+    kv_down: Weight
     kv_norm: Array
-    k_up: Array
-    v_up: Array
-    o: Array
+    k_up: Weight
+    v_up: Weight
+    o: Weight
 
 
 def mla_spec(cfg: ModelConfig) -> Mla:
@@ -71,21 +72,21 @@ def mla_attention(
     cache: LayerCache | None = None,
 ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
     """One layer of latent attention; arguments and results as in `attention`."""
-    dtype, m = x_BTD.dtype, cfg.mla
+    m = cfg.mla
     if w.q_down is None:
-        q_BTNH = sharding.einsum("BTD,DNH->BTNH", x_BTD, w.q_up.astype(dtype))
+        q_BTNH = linear("BTD,DNH->BTNH", x_BTD, w.q_up)
     else:
-        q_BTR = rms_norm(sharding.einsum("BTD,DR->BTR", x_BTD, w.q_down.astype(dtype)), w.q_norm, cfg.norm_eps)
-        q_BTNH = sharding.einsum("BTR,RNH->BTNH", q_BTR, w.q_up.astype(dtype))
+        q_BTR = rms_norm(linear("BTD,DR->BTR", x_BTD, w.q_down), w.q_norm, cfg.norm_eps)
+        q_BTNH = linear("BTR,RNH->BTNH", q_BTR, w.q_up)
     q_nope, q_rope = jnp.split(q_BTNH, [m.nope_dim], axis=-1)
     q_rope = apply_rope(q_rope, rope)
-    kv_BTR = sharding.einsum("BTD,DR->BTR", x_BTD, w.kv_down.astype(dtype))
+    kv_BTR = linear("BTD,DR->BTR", x_BTD, w.kv_down)
     latent_BTR, k_rope = jnp.split(kv_BTR, [m.kv_lora_rank], axis=-1)
     latent_BTR = rms_norm(latent_BTR, w.kv_norm, cfg.norm_eps)
     k_rope = apply_rope(k_rope[:, :, None, :], rope)
     if cache is None:
-        k_nope = sharding.einsum("BTR,RNH->BTNH", latent_BTR, w.k_up.astype(dtype))
-        v_BTNH = sharding.einsum("BTR,RNH->BTNH", latent_BTR, w.v_up.astype(dtype))
+        k_nope = linear("BTR,RNH->BTNH", latent_BTR, w.k_up)
+        v_BTNH = linear("BTR,RNH->BTNH", latent_BTR, w.v_up)
         for_all_heads = sharding.constrain(jnp.broadcast_to(k_rope, (*k_nope.shape[:-1], m.rope_dim)), "BTNH")
         k_BTNH = jnp.concatenate([k_nope, for_all_heads], axis=-1)
         q_BTNH = jnp.concatenate([q_nope, q_rope], axis=-1)
@@ -94,13 +95,14 @@ def mla_attention(
         start = cache.length
         shared_BT1R = jnp.concatenate([latent_BTR[:, :, None, :], k_rope], axis=-1)
         cache = append(cache, shared_BT1R, shared_BT1R[..., :0], segment_ids_BT)
-        q_BTNR = jnp.concatenate([_by_head(q_nope, w.k_up.astype(dtype), "btnh,rnh->btnr"), q_rope], axis=-1)
+        q_BTNR = jnp.concatenate([_by_head(q_nope, w.k_up, "btnh,rnh->btnr"), q_rope], axis=-1)
         values = cache.k[..., : m.kv_lora_rank]
         y_BTNR = attend_cached(q_BTNR, cache.k, values, segment_ids_BT, cache, start, cfg, window, kv=".")
-        y_BTNH = _by_head(y_BTNR, w.v_up.astype(dtype), "btnr,rnh->btnh")
-    return sharding.einsum("BTNH,NHD->BTD", y_BTNH, w.o.astype(dtype)), cache
+        y_BTNH = _by_head(y_BTNR, w.v_up, "btnr,rnh->btnh")
+    return linear("BTNH,NHD->BTD", y_BTNH, w.o), cache
 
 
 def _by_head(x_BTNH, w_RNH, equation):
     """A product of each head with its own matrix."""
+    w_RNH = full_weight(w_RNH, "RNH", num_leading=0, num_in=1).astype(x_BTNH.dtype)
     return sharding.local(lambda x, w: jnp.einsum(equation, x, w), ["BTNH", "RNH"], "BTNH")(x_BTNH, w_RNH)

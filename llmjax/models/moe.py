@@ -18,6 +18,7 @@ from llmjax import sharding
 from llmjax.models.config import ModelConfig, MoEConfig
 from llmjax.models.dispatch import expert_ffn
 from llmjax.models.layers import Mlp, activation, gated_mlp, mlp_spec, residual_scale
+from llmjax.models.linear import Weight, full_weight
 from llmjax.models.spec import ParamSpec
 from llmjax.typing import Array, Float, Int
 
@@ -31,9 +32,9 @@ class Moe:
     """
 
     router: Array
-    gate: Array
-    up: Array
-    down: Array
+    gate: Weight
+    up: Weight
+    down: Weight
     router_bias: Array | None = None
     selection_bias: Array | None = None
     shared: Mlp | None = None
@@ -161,7 +162,10 @@ def moe_layer(
         ["BTD", "BTC", "BTC", "EDF", "EDF", "EFD", *(["EF", "EF", "ED"] if biases else [])],
         "BTD",
     )
-    y_BTD = run(x_BTD, ids_BTC, weights_BTC, w.gate, w.up, w.down, *biases)
+    # An update of an expert is added to its weight: it costs less than one product of its tokens.
+    gate_EDF, up_EDF = (full_weight(m, "EDF", num_leading=1, num_in=1) for m in (w.gate, w.up))
+    down_EFD = full_weight(w.down, "EFD", num_leading=1, num_in=1)
+    y_BTD = run(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *biases)
     if w.shared is not None:
         y_BTD = y_BTD + gated_mlp(w.shared, x_BTD, act)
     return y_BTD, stats

@@ -43,6 +43,6 @@ def _mean_keys(window: int, length: int) -> float:
     return window - window**2 / (2 * length)
 
 
-def train_flops_per_token(cfg: ModelConfig, length: int) -> float:
-    """Forward and backward: three times the forward pass."""
-    return 3.0 * forward_flops_per_token(cfg, length)
+def train_flops_per_token(cfg: ModelConfig, length: int, frozen: bool = False) -> float:
+    """Forward and backward: three times the forward pass; twice if the weights are frozen (the low rank itself is free)."""
+    return (2.0 if frozen else 3.0) * forward_flops_per_token(cfg, length)

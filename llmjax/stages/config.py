@@ -9,6 +9,7 @@ from llmjax.data.tokenizer import TokenizerConfig
 from llmjax.errors import UserError
 from llmjax.generation.sampling import SamplingConfig
 from llmjax.models.config import ModelConfig
+from llmjax.models.lora import LoRAConfig
 from llmjax.sharding import MeshConfig, check_batch
 from llmjax.training.optimizer import OptimizerConfig
 
@@ -47,10 +48,12 @@ class Pretrain:
 class SFT:
     """Supervised fine-tuning on dialogues, packed; loss on the assistant's tokens and their end of turn only.
 
-    init: an earlier stage, or "hf:FOLDER" for a model in Hugging Face format.
+    init: an earlier stage, or "hf:FOLDER" for a model in Hugging Face format. lora: train low-rank updates only; what the
+    stage hands on is the merged model, with the updates beside it.
     """
 
     init: str = "pretrain"
+    lora: LoRAConfig | None = None
     steps: int = 100
     batch_size: int = 32
     length: int = 128

@@ -11,6 +11,7 @@ from llmjax.data.gold import judge
 from llmjax.evals.answers import answer_report, question_prompts, to_answers
 from llmjax.generation.decode import generate
 from llmjax.models.heads import scalar_model_spec
+from llmjax.models.stats import train_flops_per_token
 from llmjax.objectives.ppo import ActorCritic, actor_critic_spec, ppo_loss
 from llmjax.rl.rollout import minibatches, score_experience
 from llmjax.stages.prepare import all_questions
@@ -36,10 +37,8 @@ def run_ppo(run: Run) -> None:
     abstract = abstract_state(specs, tx, run.mesh)
     step_fn = make_ppo_step(run, tx, abstract, reference, reward_model, asked)
     length = cfg.prompt_length + cfg.max_new_tokens
-    start = ActorCritic(policy=reference, critic=reward_model)
-    trained = fit_state(
-        run, "ppo", tx, abstract, start, step_fn, batches, cfg.steps, cfg.batch_size * length, length
-    )
+    start, flops = ActorCritic(policy=reference, critic=reward_model), train_flops_per_token(model, length)
+    trained = fit_state(run, "ppo", tx, abstract, start, step_fn, batches, cfg.steps, cfg.batch_size * length, flops)
     policy = trained.params.policy
     table, asked, answers = final_table(run, policy)
     metrics = {k: v for k, v in table[-1].items() if k != "model"}

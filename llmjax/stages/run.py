@@ -32,6 +32,8 @@ from llmjax.training.optimizer import OptimizerConfig, make_optimizer
 from llmjax.training.rng import key_for
 from llmjax.training.state import LossFn, TrainState, abstract_state, init_state, make_train_step
 
+PARAMS, ADAPTER = "params", "adapter"  # folders of a completed stage
+
 
 @dataclass(frozen=True)
 class Run:
@@ -74,7 +76,11 @@ class Run:
 
     def load(self, stage: str, specs: Any) -> Any:
         """The parameters that `stage` made, onto the mesh."""
-        return checkpoint.load_params(self.path(stage, "params"), abstract_params(specs, self.mesh))
+        return checkpoint.load_params(self.path(stage, PARAMS), abstract_params(specs, self.mesh))
+
+    def load_adapter(self, stage: str, specs: Any) -> Any:
+        """The low-rank updates that `stage` has left beside its merged parameters."""
+        return checkpoint.load_params(self.path(stage, ADAPTER), abstract_params(specs, self.mesh))
 
 
 @dataclass(frozen=True)
@@ -98,12 +104,21 @@ def fit(
     tokens_per_step: int,
     length: int,
     hooks: Sequence[Hook] = (),
+    frozen: Sequence[Any] = (),
 ) -> Trained:
-    """Trains `start_params` with one update a step; the life of every stage but PPO, which brings its own step."""
+    """Trains `start_params` with one update a step; the life of every stage but PPO, which brings its own step.
+
+    frozen: parameters that the loss sees behind its key, and that stay as they are.
+    """
     tx = make_optimizer(optimizer, num_steps, specs)
     abstract = abstract_state(specs, tx, run.mesh)
-    step_fn = make_train_step(loss_fn, tx, abstract)
-    return fit_state(run, stage, tx, abstract, start_params, step_fn, batches, num_steps, tokens_per_step, length, hooks)
+    update = make_train_step(loss_fn, tx, abstract)
+    flops = train_flops_per_token(run.model, length, frozen=bool(frozen))
+
+    def step_fn(state, batch, key):
+        return update(state, batch, key, *frozen)
+
+    return fit_state(run, stage, tx, abstract, start_params, step_fn, batches, num_steps, tokens_per_step, flops, hooks)
 
 
 def fit_state(
@@ -116,7 +131,7 @@ def fit_state(
     batches: BatchSource,
     num_steps: int,
     tokens_per_step: int,
-    length: int,
+    flops_per_token: float,
     hooks: Sequence[Hook] = (),
 ) -> Trained:
     """Runs THE loop for a stage, from its newest checkpoint if there is one."""
@@ -131,7 +146,7 @@ def fit_state(
         checkpoints=checkpoints,
         checkpoint_seconds=run.experiment.checkpoint_seconds,
         tokens_per_step=tokens_per_step,
-        flops_per_token=train_flops_per_token(run.model, length),
+        flops_per_token=flops_per_token,
         hooks=hooks,
         verbose=run.verbose,
     )
@@ -149,10 +164,16 @@ def finish(
     trained: Trained,
     metrics: Mapping[str, float],
     samples: Sequence[Mapping[str, str]] = (),
+    adapter: Any = None,
     **extra: Any,
 ) -> None:
-    """Hands on: the parameters first, then result.json, which makes the stage complete; checkpoints are dropped then."""
-    checkpoint.save_params(run.path(stage, "params"), params)
+    """Hands on: the parameters first, then result.json, which makes the stage complete; checkpoints are dropped then.
+
+    adapter: the low-rank updates that are in the parameters, if they were trained that way.
+    """
+    checkpoint.save_params(run.path(stage, PARAMS), params)
+    if adapter is not None:
+        checkpoint.save_params(run.path(stage, ADAPTER), adapter)
     result = {
         "stage": stage,
         "steps": getattr(run.experiment, stage).steps,

@@ -12,10 +12,11 @@ from flax import struct
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.models.spec import abstract_params
-from llmjax.typing import Array, PRNGKeyArray
+from llmjax.typing import Array
 
 PyTree = Any
-LossFn = Callable[[PyTree, dict[str, Array], PRNGKeyArray], tuple[Array, dict[str, Array]]]
+LossFn = Callable[..., tuple[Array, dict[str, Array]]]
+"""(params, batch, key, *frozen) -> (loss, metrics); frozen: parameters that take part and are not trained."""
 
 
 @struct.dataclass
@@ -55,14 +56,14 @@ def init_state(params: PyTree, tx: optax.GradientTransformation, abstract: Train
 
 
 def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, abstract: TrainState):
-    """(state, batch, key) -> (state, metrics), compiled; the old state is donated.
+    """(state, batch, key, *frozen) -> (state, metrics), compiled; the old state is donated.
 
     metrics: what the loss reports, and grad_norm: the global norm of the gradient before clipping.
     """
     places = jax.tree.map(lambda x: x.sharding, abstract)
 
-    def step(state: TrainState, batch, key):
-        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch, key)
+    def step(state: TrainState, batch, key, *frozen):
+        grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch, key, *frozen)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
