@@ -160,9 +160,10 @@ def _write_adapter(source: str, target: str) -> str:
     from llmjax.stages.pipeline import open_run
 
     workdir, stage = os.path.split(source)
-    run = open_run(workdir)
-    lora = run.experiment.sft.lora if stage == "sft" and run.experiment.sft else None
-    if lora is None or run.result(stage) is None:
+    finished = stage == "sft" and os.path.exists(os.path.join(source, "result.json"))
+    run = open_run(workdir) if finished else None
+    lora = run.experiment.sft.lora if run else None
+    if lora is None:
         raise UserError(f"--source={source}: not a finished SFT stage that was trained with LoRA, so it has no adapter")
     updates = run.load_adapter(stage, lora_spec(run.model, lora))
     family = family_of(run.model)

@@ -10,6 +10,7 @@ import numpy as np
 from llmjax.models import transformer
 from llmjax.models.config import ModelConfig, MoEConfig
 from llmjax.models.heads import scalar_model_spec
+from llmjax.models.lora import LoRAConfig, lora_spec
 from llmjax.models.spec import is_spec
 from llmjax.models.transformer import transformer_spec
 from llmjax.objectives.ppo import actor_critic_spec
@@ -55,6 +56,12 @@ def draw(specs, seed: int = 0):
 
 def language_model(cfg: ModelConfig, seed: int = 0):
     return draw(transformer_spec(cfg), seed)
+
+
+def updates(cfg: ModelConfig, lora: LoRAConfig, seed: int = 5):
+    """Low-rank updates with both factors away from zero."""
+    specs = jax.tree.map(lambda spec: dataclasses.replace(spec, std=0.2), lora_spec(cfg, lora), is_leaf=is_spec)
+    return draw(specs, seed)
 
 
 def scalar_model(cfg: ModelConfig, seed: int = 0):

@@ -125,10 +125,19 @@ def save_adapter(updates: Params, lora: LoRAConfig, cfg: ModelConfig, family: st
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base, "inference_mode": True,
             "bias": "none", "r": lora.rank, "lora_alpha": lora.alpha, "lora_dropout": 0.0,
             "rank_pattern": ranks, "alpha_pattern": {name: lora.scale * rank for name, rank in ranks.items()},
-            "target_modules": _short({pair.name for pair in pairs if not pair.num}, others),
+            "target_modules": _short({pair.name for pair in pairs if not _as_parameter(pair, cfg)}, others),
             # In this order: the reader wraps the first one first.
-            "target_parameters": sorted({f"mlp.experts.{pair.name.rpartition('.')[2]}" for pair in pairs if pair.num})[::-1],
+            "target_parameters": list(dict.fromkeys(
+                f"mlp.experts.{pair.name.rpartition('.')[2]}" if pair.num else f"{pair.name}.weight"
+                for pair in pairs if _as_parameter(pair, cfg)
+            )),
         })  # fmt: skip
+
+
+def _as_parameter(pair: _Pair, cfg: ModelConfig) -> bool:
+    """Whether PEFT must be told a parameter's name: experts, and in sparse models what is called like experts' matrices,
+    because it takes such modules for experts of an older format."""
+    return pair.num > 0 or (cfg.moe is not None and pair.name.endswith(("gate_proj", "up_proj", "down_proj")))
 
 
 def _adapted_pairs(flat: dict[Leaf, LowRank], cfg: ModelConfig, family: str) -> tuple[list[_Pair], set[str]]:

@@ -2,9 +2,11 @@
 
 import json
 
+import numpy as np
 import program
 import pytest
 import tiny
+from safetensors.numpy import load_file
 
 from llmjax import convert, main
 from llmjax.data.tokenizer import Tokenizer, TokenizerConfig
@@ -38,8 +40,8 @@ def make_folder(tmp_path):
     return folder
 
 
-def run(folder, workdir, *flags):
-    experiment = f"--config={program.REPOSITORY / 'experiments' / 'sft_from_hf.py'}:{folder}"
+def run(folder, workdir, *flags, method=""):
+    experiment = f"--config={program.REPOSITORY / 'experiments' / 'sft_from_hf.py'}:{folder}{method}"
     main.run(["llmjax", experiment, f"--workdir={workdir}", *SMALL, *flags])
 
 
@@ -58,6 +60,26 @@ def test_sft_of_a_folder_and_back(folder, tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen3_moe"
     assert read_tokenizer(str(tmp_path / "out")).fingerprint() == tokenizer.fingerprint()
     run(tmp_path / "out", tmp_path / "again")  # and that folder is one to start from
+
+
+def test_lora_of_a_folder(folder, tmp_path, monkeypatch):
+    """The merged model is what the stage hands on; the adapter, exported, makes the same model of the folder."""
+    monkeypatch.setenv("LLMJAX_KEEP_MEMORY", "0")
+    run(folder, tmp_path / "run", "--config.sft.lora.rank=2", method=",lora")
+    metrics = program.result(tmp_path / "run", "sft")["metrics"]
+    assert metrics["trained_params"] < 0.3 * sum(x.size for x in load_file(folder / "model.safetensors").values())
+    stage = f"--source={tmp_path}/run/sft"
+    convert.run(["llmjax-convert", stage, f"--target={tmp_path}/adapter", "--adapter_only"])
+    convert.run(["llmjax-convert", stage, f"--target={tmp_path}/out"])
+    merged = ["llmjax-convert", f"--source={folder}", f"--lora={tmp_path}/adapter", f"--target={tmp_path}/merged"]
+    convert.run(merged)
+    base, ours, theirs = (load_file(tmp_path / name / "model.safetensors") for name in ("hf", "out", "merged"))
+    for name, value in ours.items():
+        np.testing.assert_allclose(theirs[name], value, atol=1e-6, err_msg=name)
+        adapted = any(part in name for part in ("_proj", "experts"))
+        assert np.array_equal(value, base[name]) != adapted, name
+    with pytest.raises(UserError, match="not a finished SFT stage that was trained with LoRA"):
+        convert.run(["llmjax-convert", f"--source={folder}", f"--target={tmp_path}/x", "--adapter_only"])
 
 
 @pytest.mark.parametrize(

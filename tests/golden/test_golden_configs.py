@@ -20,8 +20,8 @@ ARGS = {
     "pretrain_text": ("bpe", "byte", "test"),
     "dense_vs_moe": ("quickstart", "test"),
 }
-FREE = {"sft_from_hf": "FOLDER"}  # their argument may be anything
-CASES = [(name, arg) for name, args in ARGS.items() for arg in args] + list(FREE.items())
+FREE = {"sft_from_hf": ("FOLDER", "FOLDER,lora")}  # their argument may be anything
+CASES = [(name, arg) for name, args in (ARGS | FREE).items() for arg in args]
 
 
 def load(name: str, arg: str):

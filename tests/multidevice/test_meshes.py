@@ -16,6 +16,7 @@ from llmjax.generation.decode import Generation, generate
 from llmjax.generation.sampling import SamplingConfig
 from llmjax.models.config import MLAConfig, MoEConfig, RopeScaling
 from llmjax.models.heads import scalar_model_spec
+from llmjax.models.lora import LoRAConfig, adapt, lora_spec, merge
 from llmjax.models.spec import init_params, shardings
 from llmjax.models.transformer import transformer_spec
 from llmjax.objectives.lm import lm_loss
@@ -187,6 +188,35 @@ def test_three_training_steps(mesh, mode, model):
     assert abs(expected_losses[2] - expected_losses[0]) > 1e-3
     np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
     tiny.assert_trees_close(params, expected_params, 1e-5)
+
+
+@cache
+def lora_step(model: str, mesh_name: str | None, mode: str = "auto"):
+    """Loss, gradients of the updates and merged parameters of a model with LoRA."""
+    cfg, lora, mesh = model_config(model), LoRAConfig(rank=2, alpha=6.0), make(mesh_name, mode) if mesh_name else None
+    updates = place(tiny.updates(cfg, lora), lora_spec(cfg, lora), mesh)
+    base = place(tiny.language_model(cfg), transformer_spec(cfg), mesh)
+    batch = sharding.put_batch(tiny.lm_batch(cfg, ROWS, 8), mesh)
+
+    def loss(updates, base):
+        return lm_loss(adapt(base, updates, lora), batch, None, cfg)[0]
+
+    with sharding.use_mesh(mesh):
+        value, grads = tiny.jit(jax.value_and_grad(loss))(updates, base)
+        merged = tiny.jit(merge, static_argnums=(2, 3))(base, updates, lora, cfg)
+    if mesh is not None:
+        stored = jax.tree.leaves(shardings(transformer_spec(cfg), mesh))
+        assert all(x.sharding.is_equivalent_to(where, x.ndim) for x, where in zip(jax.tree.leaves(merged), stored))
+    return jax.device_get((value, grads, merged))
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+@pytest.mark.parametrize("model", ["dense", "moe", *FAMILIES])
+def test_lora(model, mode):
+    (loss, grads, merged), (want_loss, want_grads, want_merged) = lora_step(model, EVERY_KIND, mode), lora_step(model, None)
+    np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
+    tiny.assert_trees_close(grads, want_grads, 1e-5)
+    tiny.assert_trees_close(merged, want_merged, 1e-5)
 
 
 # Generation and scoring

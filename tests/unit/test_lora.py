@@ -1,7 +1,6 @@
 """LoRA: adapted equals merged, the first step starts from the model itself, only the low rank is trained, PEFT both ways."""
 
 import dataclasses
-import json
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +10,7 @@ import pytest
 import tiny
 
 from llmjax.errors import UserError
-from llmjax.models.config import MLAConfig, ModelConfig
+from llmjax.models.config import MLAConfig
 from llmjax.models.linear import LowRank
 from llmjax.models.lora import LoRAConfig, adapt, lora_spec, merge
 from llmjax.models.spec import init_params, num_params
@@ -28,17 +27,11 @@ MODELS = tiny.MODELS | {
 }  # fmt: skip
 
 
-def updates_of(cfg: ModelConfig, lora: LoRAConfig = LORA, seed: int = 5):
-    """Updates with both factors away from zero."""
-    specs = jax.tree.map(lambda s: dataclasses.replace(s, std=0.3), lora_spec(cfg, lora), is_leaf=lambda x: hasattr(x, "std"))
-    return tiny.draw(specs, seed)
-
-
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layer_loop", ["unroll", "scan"])
 def test_adapted_equals_merged_and_both_differ_from_the_base(name, layer_loop):
     cfg = dataclasses.replace(MODELS[name], layer_loop=layer_loop)
-    base, updates, text = tiny.language_model(cfg), updates_of(cfg), tiny.tokens(cfg, 2, 12)
+    base, updates, text = tiny.language_model(cfg), tiny.updates(cfg, LORA), tiny.tokens(cfg, 2, 12)
     merged = tiny.logits(merge(base, updates, LORA, cfg), text, cfg)
     np.testing.assert_allclose(tiny.logits(adapt(base, updates, LORA), text, cfg), merged, atol=3e-5)
     assert np.max(np.abs(merged - tiny.logits(base, text, cfg))) > 0.1
@@ -50,12 +43,12 @@ def test_every_target_counts(name):
     cfg = MODELS[name]
     base, text = tiny.language_model(cfg), tiny.tokens(cfg, 2, 12)
     plain = tiny.logits(base, text, cfg)
-    leaves, _ = jax.tree_util.tree_flatten_with_path(updates_of(cfg), is_leaf=lambda x: isinstance(x, LowRank))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tiny.updates(cfg, LORA), is_leaf=lambda x: isinstance(x, LowRank))
     names = [".".join(key.name for key in path) for path, _ in leaves]
     assert len(names) == {"dense": 7, "moe": 7, "latent": 6 * 2 + 3 + 6}[name]
     for leaf in names:
         lora = dataclasses.replace(LORA, targets=(leaf,))
-        updates = updates_of(cfg, lora)
+        updates = tiny.updates(cfg, lora)
         moved = merge(base, updates, lora, cfg)
         assert np.max(np.abs(tiny.logits(moved, text, cfg) - plain)) > 1e-4, leaf
         assert num_params(lora_spec(cfg, lora)) == sum(x.size for x in jax.tree.leaves(updates))
@@ -63,7 +56,7 @@ def test_every_target_counts(name):
 
 def test_the_sum_by_hand():
     cfg = tiny.SPARSE
-    base, updates = tiny.language_model(cfg), updates_of(cfg)
+    base, updates = tiny.language_model(cfg), tiny.updates(cfg, LORA)
     merged = merge(base, updates, LORA, cfg)
     up, update = merged.blocks.mlp.up[1, 2], updates.blocks.mlp.up
     np.testing.assert_allclose(up, base.blocks.mlp.up[1, 2] + 2.0 * update.a[1, 2] @ update.b[1, 2], atol=1e-6)
@@ -96,7 +89,7 @@ def test_training_starts_from_the_model_and_leaves_it_alone(name):
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_are_those_of_the_merged_model(name):
     cfg = MODELS[name]
-    base, updates, batch = tiny.language_model(cfg), updates_of(cfg), tiny.lm_batch(cfg, 2, 12)
+    base, updates, batch = tiny.language_model(cfg), tiny.updates(cfg, LORA), tiny.lm_batch(cfg, 2, 12)
     _, (adapted,) = tiny.value_and_grads(lambda u: lm_loss(adapt(base, u, LORA), batch, None, cfg)[0], updates)
     _, (merged,) = tiny.value_and_grads(lambda u: lm_loss(merge(base, u, LORA, cfg), batch, None, cfg)[0], updates)
     for got, want in zip(jax.tree.leaves(adapted), jax.tree.leaves(merged), strict=True):
@@ -122,6 +115,6 @@ def test_wrong_configs(fields, words):
 
 def test_targets_may_be_exact():
     lora = dataclasses.replace(LORA, targets=("shared.up", "attention.o"))
-    leaves, _ = jax.tree_util.tree_flatten_with_path(updates_of(MODELS["latent"], lora))
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tiny.updates(MODELS["latent"], lora))
     names = {".".join(key.name for key in path[:-1]) for path, _ in leaves}
     assert names == {"blocks.mlp.shared.up", "blocks.attention.o", "dense_blocks.attention.o"}
