@@ -1,8 +1,9 @@
 """Dialogues -> tokens and loss mask, through a jinja2 chat template, with no way to forge a control token.
 
-The text of a message is marked with private-use characters before the template is rendered. The result is cut at the
-marks: what the template wrote is encoded with control tokens, what a message said without. No string that holds both
-is ever encoded, so "<|end|>" typed by a user stays text whatever the template does with it.
+The text of a message is marked with private-use characters before the template is rendered. The result, without the marks,
+is encoded as one text, as the reference libraries do it. Only if a control token would stand where a message speaks is the
+text cut there, and the message encoded without control tokens: "<|end|>" typed by a user stays text whatever the template
+does with it.
 """
 
 import functools
@@ -182,19 +183,52 @@ def _tojson(value, indent: int | None = None) -> str:
 
 
 def _encode_pieces(tokenizer: "Tokenizer", rendered: str) -> ChatTokens:
-    tokens, loss_mask = [], []
-    in_content, in_generation = False, False
+    text, said, generated = _unmark(rendered)
+    forged: set[tuple[int, int]] = set()
+    cuts: set[int] = set()
+    while True:
+        tokens, places = _encode_between(tokenizer, text, cuts, forged)
+        controls = [place for token, place in zip(tokens, places) if token in tokenizer.special_ids]
+        found = {span for span in said if any(b < span[1] and e > span[0] for b, e in controls)} - forged
+        # A token must not reach over the edge of what the assistant produces: at inference the prompt ends there.
+        reached = {edge for span in generated for edge in span if any(b < edge < e for b, e in places)}
+        if not found and not reached:
+            return ChatTokens(tokens, [int(any(b <= at < e for b, e in generated)) for at, _ in places])
+        forged |= found
+        cuts |= reached.union(*found)
+
+
+def _unmark(rendered: str) -> tuple[str, list[tuple[int, int]], list[tuple[int, int]]]:
+    """The text, and as spans in it: what messages say, what the assistant produces."""
+    text, said, generated = "", [], []
+    opened: dict[str, int] = {}
     for piece in _SPLIT.split(rendered):
         if piece in (_CONTENT_BEGIN, _CONTENT_END):
-            if in_content == (piece == _CONTENT_BEGIN):
+            if (_CONTENT_BEGIN in opened) == (piece == _CONTENT_BEGIN):
                 raise UserError("chat template: it takes a message's text apart; mend it so that texts stay whole")
-            in_content = not in_content
-        elif piece in (_GENERATION_BEGIN, _GENERATION_END):
-            in_generation = piece == _GENERATION_BEGIN
-        elif piece:
-            ids = tokenizer.encode(piece) if in_content else tokenizer.encode_template(piece)
-            tokens += ids
-            loss_mask += [int(in_generation)] * len(ids)
-    if in_content:
+            if piece == _CONTENT_BEGIN:
+                opened[piece] = len(text)
+            else:
+                said.append((opened.pop(_CONTENT_BEGIN), len(text)))
+        elif piece == _GENERATION_BEGIN:
+            opened[piece] = len(text)
+        elif piece == _GENERATION_END:
+            generated.append((opened.pop(_GENERATION_BEGIN), len(text)))
+        else:
+            text += piece
+    if opened:
         raise UserError("chat template: it takes a message's text apart; mend it so that texts stay whole")
-    return ChatTokens(tokens, loss_mask)
+    return text, said, generated
+
+
+def _encode_between(
+    tokenizer: "Tokenizer", text: str, cuts: set[int], forged: set[tuple[int, int]]
+) -> tuple[list[int], list[tuple[int, int]]]:
+    """Tokens of the text between the cuts, and their spans; those of `forged` spans without control tokens."""
+    tokens, places = [], []
+    for begin, end in itertools.pairwise(sorted({0, len(text)} | cuts)):
+        plain = any(b <= begin and end <= e for b, e in forged)
+        ids, offsets = tokenizer.encode_with_offsets(text[begin:end], control_tokens=not plain)
+        tokens += ids
+        places += [(begin + start, begin + stop) for start, stop in offsets]
+    return tokens, places

@@ -1,6 +1,7 @@
-"""Byte-level BPE over HF `tokenizers`: any valid UTF-8 text round-trips, and control tokens cannot be typed.
+"""Text <-> tokens over HF `tokenizers`: control tokens cannot be typed, and what is trained here round-trips any UTF-8 text.
 
-The pre-tokenisation is GPT-2's (Radford et al. 2019): a word with its leading space, digits, punctuation, white space.
+Trained are byte-level BPEs with GPT-2's pre-tokenisation (Radford et al. 2019): a word with its leading space, digits,
+punctuation, white space. Loaded are others too.
 """
 
 import codecs
@@ -19,6 +20,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from llmjax.data.chat import DEFAULT_TEMPLATE
+from llmjax.data.vocabulary import byte_to_char, check_decoder, drops_first_space, token_table
 from llmjax.errors import UserError
 from llmjax.files import read_json, read_text, whole_folder
 
@@ -65,7 +67,7 @@ class Tokenizer:
     """
 
     def __init__(self, serialized: str, chat_template: str = DEFAULT_TEMPLATE, controls: Controls = Controls()):
-        """From the text of a tokenizer.json whose model is a byte-level BPE with the tokens of `controls`."""
+        """From the text of a tokenizer.json that has the tokens of `controls`."""
         # Two copies of one model: they differ only in whether the text of a control token becomes its id.
         self._template = tokenizers.Tokenizer.from_str(serialized)
         self._plain = tokenizers.Tokenizer.from_str(serialized)
@@ -76,9 +78,9 @@ class Tokenizer:
         for token in (controls.pad, controls.endoftext, controls.end):
             if self._plain.token_to_id(token) is None:
                 raise UserError(f"the tokenizer has no control token {token!r}; train one with llmjax")
-        decoder = self._template.decoder
-        if decoder is None or "ByteLevel" not in str(decoder):
-            raise UserError("the tokenizer is not a byte-level BPE, the only kind whose tokens are plain bytes")
+            if self.encode(token) == [self._plain.token_to_id(token)]:
+                raise UserError(f"the tokenizer makes a control token of the plain text {token!r}; use a BPE")
+        check_decoder(self._plain)
 
     @classmethod
     def train(cls, texts: Iterable[str], cfg: TokenizerConfig) -> "Tokenizer":
@@ -89,7 +91,7 @@ class Tokenizer:
         """
         cfg.validate()
         if cfg.kind == "byte":
-            names = list(SPECIAL_TOKENS) + list(_byte_to_char().values())
+            names = list(SPECIAL_TOKENS) + list(byte_to_char().values())
             tokenizer = tokenizers.Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))
             tokenizer.add_special_tokens(list(SPECIAL_TOKENS))
         else:
@@ -152,6 +154,14 @@ class Tokenizer:
         """Ids of trusted `text`, in which "<|end|>" is the control token. Not for the text of a user or of a corpus."""
         return _encode(self._template, [text])[0]
 
+    def encode_with_offsets(self, text: str, control_tokens: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and for each the characters [begin, end) of `text` that it stands for.
+
+        control_tokens: as in `encode_template`, else as in `encode`.
+        """
+        encoding = _encodings(self._template if control_tokens else self._plain, [text], "encode_batch")[0]
+        return encoding.ids, encoding.offsets
+
     def decode(self, ids: Sequence[int], skip_special: bool = False) -> str:
         """The text of `ids`; decode(encode(text)) == text. Bytes that are not UTF-8 become U+FFFD.
 
@@ -159,7 +169,8 @@ class Tokenizer:
         model may produce whose table of embeddings was padded.
         """
         hidden = self.special_ids if skip_special else frozenset()
-        return b"".join(b"" if i in hidden else self.bytes_of(i) for i in ids).decode("utf-8", "replace")
+        text = b"".join(b"" if i in hidden else self.bytes_of(i) for i in ids).decode("utf-8", "replace")
+        return text.removeprefix(" ") if self.drops_first_space else text
 
     def bytes_of(self, token: int) -> bytes:
         """The bytes that a token stands for; for a control token its text; b"" beyond the vocabulary."""
@@ -168,12 +179,12 @@ class Tokenizer:
     @functools.cached_property
     def _bytes(self) -> list[bytes]:
         """Id -> the bytes it stands for; for a control token its text."""
-        char_to_byte = {char: byte for byte, char in _byte_to_char().items()}
-        table = [b""] * self.vocab_size
-        added = self._plain.get_added_tokens_decoder()
-        for token, i in self._plain.get_vocab().items():
-            table[i] = token.encode() if i in added else bytes(char_to_byte[char] for char in token)
-        return table
+        return token_table(self._plain, self.vocab_size)
+
+    @functools.cached_property
+    def drops_first_space(self) -> bool:
+        """Whether encoding puts a space in front of a text (SentencePiece), which decoding takes away again."""
+        return drops_first_space(self._plain)
 
     def token_bytes(self) -> np.ndarray:
         """[V] int32: UTF-8 bytes of each token, 0 for control tokens; nats / (bytes * ln 2) is bits per byte."""
@@ -220,31 +231,34 @@ class DecodeStream:
         self._bytes_of = tokenizer.bytes_of
         self._hidden = tokenizer.special_ids if skip_special else frozenset()
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._drops_first_space = self._at_beginning = tokenizer.drops_first_space
 
     def step(self, token: int) -> str:
         """The text that `token` completes; may be empty."""
-        return "" if token in self._hidden else self._decoder.decode(self._bytes_of(token))
+        if token in self._hidden:
+            return ""
+        text = self._decoder.decode(self._bytes_of(token))
+        if text and self._at_beginning:
+            text, self._at_beginning = text.removeprefix(" "), False
+        return text
 
     def finish(self) -> str:
         """What is still withheld, as U+FFFD; the stream can then be used anew."""
         rest = self._decoder.decode(b"", final=True)
         self._decoder.reset()
+        self._at_beginning = self._drops_first_space
         return rest
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    return [encoding.ids for encoding in _encodings(tokenizer, texts, "encode_batch_fast")]
+
+
+def _encodings(tokenizer: tokenizers.Tokenizer, texts: Sequence[str], method: str) -> list[tokenizers.Encoding]:
     try:
-        return [encoding.ids for encoding in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+        return getattr(tokenizer, method)(texts, add_special_tokens=False)
     except TypeError as error:
         bad = next((text for text in texts if isinstance(text, str) and re.search("[\ud800-\udfff]", text)), None)
         if bad is None:
             raise
         raise UserError(f"text {bad[:20]!r} holds a lone surrogate, not valid Unicode; remove it") from error
-
-
-def _byte_to_char() -> dict[int, str]:
-    """GPT-2's byte -> printable character: itself where printable, else the next unused code point from 256 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (byte for byte in range(256) if byte not in printable)
-    table = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
-    return dict(sorted(table.items()))

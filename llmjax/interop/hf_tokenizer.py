@@ -1,4 +1,7 @@
-"""The tokenizer of a Hugging Face folder: tokenizer.json, or GPT-2's vocab.json and merges.txt, with its chat template."""
+"""The tokenizer of a Hugging Face folder, with its chat template.
+
+That is tokenizer.json, else a SentencePiece tokenizer.model, else GPT-2's vocab.json and merges.txt.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,7 @@ from llmjax.data.chat import encode_chat
 from llmjax.data.tokenizer import Controls, Tokenizer
 from llmjax.errors import UserError
 from llmjax.files import read_json, read_text
+from llmjax.interop.sentencepiece_model import tokenizer_json
 
 PLAIN_TEMPLATE = """\
 {{- bos_token }}
@@ -32,11 +36,10 @@ def read_tokenizer(folder: str) -> Tokenizer:
     """Tokenizer, chat template and control tokens of a folder.
 
     The end of a turn is the last control token that the template writes behind an assistant's text, else eos_token. Raises
-    UserError, naming the file, if there is no tokenizer, or none that is a byte-level BPE.
+    UserError, naming the file, if there is no tokenizer, or none of a supported kind.
     """
     config = _optional_json(os.path.join(folder, "tokenizer_config.json"))
-    path = os.path.join(folder, "tokenizer.json")
-    serialized = read_text(path) if os.path.exists(path) else _gpt2(folder)
+    path, serialized = _serialized(folder, config)
     names = {name: _token(config.get(f"{name}_token")) for name in ("bos", "eos", "pad")}
     eos = names["eos"] or names["bos"]
     if eos is None:
@@ -53,6 +56,17 @@ def read_tokenizer(folder: str) -> Tokenizer:
         raise UserError(f"{folder}: {error}") from error
     except Exception as error:  # the tokenizers library raises bare Exception for any malformed file
         raise UserError(f"{path}: not a tokenizer ({error})") from error
+
+
+def _serialized(folder: str, config: dict[str, Any]) -> tuple[str, str]:
+    """The file with the vocabulary, and the text of a tokenizer.json."""
+    path = os.path.join(folder, "tokenizer.json")
+    if os.path.exists(path):
+        return path, read_text(path)
+    path = os.path.join(folder, "tokenizer.model")
+    if os.path.exists(path):
+        return path, tokenizer_json(path, prefix_each_section=config.get("legacy") is not False)
+    return os.path.join(folder, "vocab.json"), _gpt2(folder)
 
 
 def _optional_json(path: str) -> dict[str, Any]:
@@ -77,7 +91,7 @@ def _template(folder: str, config: dict[str, Any]) -> str:
 def _gpt2(folder: str) -> str:
     vocab, merges = (os.path.join(folder, name) for name in ("vocab.json", "merges.txt"))
     if not (os.path.exists(vocab) and os.path.exists(merges)):
-        raise UserError(f"{folder}: holds no tokenizer.json, nor vocab.json with merges.txt")
+        raise UserError(f"{folder}: holds no tokenizer.json, tokenizer.model, nor vocab.json with merges.txt")
     lines = [line for line in read_text(merges).split("\n") if line and not line.startswith("#version")]
     pairs = [tuple(line.split(" ")) for line in lines]
     ids = read_json(vocab)

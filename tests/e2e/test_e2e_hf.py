@@ -87,7 +87,7 @@ def test_lora_of_a_folder(folder, tmp_path, monkeypatch):
     [
         (lambda f: (f / "config.json").unlink(), "config.json: no such file"),
         (lambda f: (f / "model.safetensors").unlink(), "holds neither"),
-        (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer.json, nor vocab.json with merges.txt"),
+        (lambda f: (f / "tokenizer.json").unlink(), "holds no tokenizer.json, tokenizer.model, nor vocab.json"),
         (lambda f: (f / "tokenizer.json").write_text("{"), "tokenizer.json: not a tokenizer"),
         (lambda f: (f / "tokenizer_config.json").unlink(), "names no eos_token"),
         (lambda f: (f / "chat_template.jinja").write_text("{{ messages[0].content }}"), "breaks|beginning|ends the assist"),
