@@ -11,6 +11,7 @@ LOGICAL_AXES = {
     "T": "length",  # query positions
     "S": "length",  # key positions
     "D": "embed",  # model width
+    "d": "embed",  # the same, where a matrix leads from D to D
     "N": "heads",  # query heads
     "K": "kv_heads",  # key/value heads
     "H": "head_dim",  # width of one head

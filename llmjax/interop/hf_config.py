@@ -159,6 +159,7 @@ def _deepseek(hf):
     v3 = hf["model_type"] == "deepseek_v3"
     grouped = v3 or hf.get("topk_method") == "group_limited_greedy"
     return dict(
+        num_mtp_layers=hf.get("num_nextn_predict_layers") or 0 if v3 else 0,
         mla=MLAConfig(
             hf["kv_lora_rank"], hf.get("q_lora_rank") or 0, hf["qk_nope_head_dim"], hf["qk_rope_head_dim"], hf["v_head_dim"]
         ),
@@ -221,7 +222,7 @@ def family_of(cfg: ModelConfig) -> str:
 def _canonical(cfg: ModelConfig) -> ModelConfig:
     """What computes the same is the same here: fields that do not change the logits take one value."""
     scale = float(f"{cfg.attention_scale or cfg.qk_dim**-0.5:.6g}")
-    changes: dict[str, Any] = dict(layer_loop="auto", remat=False, dtype="float32", attention_scale=scale)
+    changes: dict[str, Any] = dict(layer_loop="auto", remat=False, dtype="float32", attention_scale=scale, mtp_coef=0.0)
     if cfg.mla is not None:
         changes["head_dim"] = 2
     if cfg.rope_scaling is not None and cfg.rope_scaling.kind == "linear":
@@ -270,6 +271,8 @@ def hf_config(cfg: ModelConfig, family: str, source: dict[str, Any] | None = Non
             num_experts_per_tok=moe.top_k, norm_topk_prob=moe.renormalize, router_aux_loss_coef=moe.load_balance_coef,
         )  # fmt: skip
         if family.startswith("deepseek"):
+            if family == "deepseek_v3":
+                out["num_nextn_predict_layers"] = cfg.num_mtp_layers
             out |= grouped | dict(
                 n_routed_experts=moe.num_experts, moe_intermediate_size=moe.mlp_dim,
                 n_shared_experts=moe.shared_mlp_dim // moe.mlp_dim, first_k_dense_replace=moe.first_k_dense,

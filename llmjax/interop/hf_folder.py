@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -27,9 +28,12 @@ _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloa
 
 
 def read_config(folder: str) -> tuple[ModelConfig, dict[str, Any]]:
-    """The model's config and config.json as it stands there."""
+    """The model's config, and config.json as it stands there but for what the folder does not hold."""
     path = os.path.join(folder, "config.json")
     raw = read_json(path)
+    # Some folders name modules for multi-token prediction without holding them.
+    if raw.get("num_nextn_predict_layers") and not any(name.endswith(".eh_proj.weight") for name in _names(folder)):
+        raw["num_nextn_predict_layers"] = 0
     try:
         return model_config(raw, path), raw
     except KeyError as error:
@@ -95,12 +99,9 @@ def locate_tensors(folder: str, cfg: ModelConfig, family: str) -> dict[str, str]
     files = _locate(folder)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for file in sorted(set(files.values())):
-        try:
-            with safe_open(file, framework="np") as archive:
-                for name in list(archive.keys()):
-                    found[name] = file, tuple(archive.get_slice(name).get_shape())
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{file}: not a readable safetensors file ({error})") from error
+        with _open(file) as archive:
+            for name in list(archive.keys()):
+                found[name] = file, tuple(archive.get_slice(name).get_shape())
     for name in places:
         if name not in found:
             raise UserError(f"{folder}: tensor {name!r} is missing; config.json asks for it")
@@ -115,10 +116,27 @@ def locate_tensors(folder: str, cfg: ModelConfig, family: str) -> dict[str, str]
 
 
 def _may_be_left(name: str, cfg: ModelConfig) -> bool:
-    """Tensors that carry nothing: tied heads, computed tables, and layers for multi-token prediction above the last."""
+    """Tensors that carry nothing: tied heads and computed tables."""
     tied = cfg.tie_embeddings and name == "lm_head.weight"
-    beyond = name.startswith("model.layers.") and int(name.split(".")[2]) >= cfg.num_layers and cfg.mla is not None
-    return tied or beyond or name.endswith("rotary_emb.inv_freq")
+    return tied or name.endswith("rotary_emb.inv_freq")
+
+
+@contextlib.contextmanager
+def _open(file: str) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="np") as archive:
+            yield archive
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a readable safetensors file ({error})") from error
+
+
+def _names(folder: str) -> set[str]:
+    """Tensors that the index names, or the only file."""
+    files = _locate(folder)
+    if "" not in files:
+        return set(files)
+    with _open(files[""]) as archive:
+        return set(archive.keys())
 
 
 def _locate(folder: str) -> dict[str, str]:

@@ -92,6 +92,12 @@ def _interleaved_join(gate, up):
 INTERLEAVED = Form(lambda x, shapes: (x[..., ::2], x[..., 1::2]), _interleaved_join)
 
 
+# [out, 2 in]: two matrices of one output.
+SIDE_BY_SIDE = Form(
+    lambda x, shapes: (x.T[: shapes[0][0]], x.T[shapes[0][0] :]), lambda *parts: np.concatenate([w.T for w in parts], axis=1)
+)
+
+
 def leaves(cfg: ModelConfig) -> dict[Leaf, ParamSpec]:
     """Every leaf of the model by its dotted path."""
     found, _ = jax.tree_util.tree_flatten_with_path(transformer_spec(cfg), is_leaf=is_spec)
@@ -106,6 +112,13 @@ def tensor_map(cfg: ModelConfig, family: str) -> dict[str, Place]:
     }
     if not cfg.tie_embeddings:
         out["lm_head.weight"] = _one("head", (), SAME)
+    for module in range(cfg.num_mtp_layers):
+        prefix = f"model.layers.{cfg.num_layers + module}."
+        for name, parts, form in _mtp(cfg, family):
+            out[prefix + name] = Place(tuple((leaf, (module, *index)) for leaf, index in parts), form)
+        # Copies of the main model's, as they are published.
+        out[f"{prefix}embed_tokens.weight"] = _one("embed", (), SAME)
+        out[f"{prefix}shared_head.head.weight"] = _one("embed" if cfg.tie_embeddings else "head", (), SAME)
     for layer in range(cfg.num_layers):
         dense = layer < cfg.num_dense_layers
         stack = "dense_blocks" if dense else "blocks"
@@ -129,6 +142,15 @@ def _layer(cfg: ModelConfig, family: str, sparse: bool) -> tuple[_Entry, ...]:
     attention = _mla(cfg) if cfg.mla is not None else _attention(cfg)
     feed_forward = _experts(cfg, family) if sparse else _mlp("mlp", "mlp")
     return (*_norms(cfg), *attention, *feed_forward)
+
+
+def _mtp(cfg: ModelConfig, family: str) -> Iterator[_Entry]:
+    yield _entry("hnorm.weight", "mtp.hidden_norm", SAME)
+    yield _entry("enorm.weight", "mtp.token_norm", SAME)
+    yield "eh_proj.weight", [("mtp.token", ()), ("mtp.hidden", ())], SIDE_BY_SIDE
+    yield _entry("shared_head.norm.weight", "mtp.final_norm", SAME)
+    for name, parts, form in _layer(cfg, family, sparse=cfg.moe is not None):
+        yield name, [(f"mtp.block.{leaf}", index) for leaf, index in parts], form
 
 
 def _entry(name: str, leaf: Leaf, form: Form, index: tuple[int, ...] = ()) -> _Entry:

@@ -132,6 +132,8 @@ class ModelConfig:
     attention_scale: 0 for 1/sqrt(width of a query). attention_softcap, logit_softcap: c tanh(x / c), 0 for none (Gemma-2).
     post_norms: a norm behind each branch too (Gemma). norm_offset: the scale of a norm is weight + norm_offset (Gemma: 1).
     scale_embedding: embeddings times sqrt(embed_dim) (Gemma). mla: latent attention in place of grouped queries.
+    num_mtp_layers: modules that predict one token further each, for training only; mtp_coef: weight of their loss, the mean
+    over modules (DeepSeek-V3, arXiv:2412.19437, section 2.2).
     """
 
     vocab_size: int = 0
@@ -165,6 +167,8 @@ class ModelConfig:
     norm_offset: float = 0.0
     scale_embedding: bool = False
     mla: MLAConfig | None = None
+    num_mtp_layers: int = 0
+    mtp_coef: float = 0.3
 
     @property
     def qk_dim(self) -> int:
@@ -209,7 +213,7 @@ class ModelConfig:
             raise UserError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
         if self.vocab_size < 0:
             raise UserError(f"vocab_size={self.vocab_size} must be positive, or 0 for the tokenizer's size")
-        for name in ("sliding_window", "global_every", "local_rope_theta", "attention_scale"):
+        for name in ("sliding_window", "global_every", "local_rope_theta", "attention_scale", "num_mtp_layers", "mtp_coef"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.global_every and not self.sliding_window:

@@ -24,7 +24,8 @@ class LoRAConfig:
 
     targets: names of matrices, as in `ADAPTABLE`: "q" is that of every layer, "gate", "up" and "down" those of every
     feed-forward layer and of every expert, which has an update of its own; "shared.up" or "attention.o" is more exact.
-    A name that the model does not have is left out, so one list serves all families.
+    A name that the model does not have is left out, so one list serves all families. Modules for multi-token prediction
+    stay as they are.
     """
 
     rank: int = 16
@@ -62,7 +63,8 @@ def lora_spec(cfg: ModelConfig, lora: LoRAConfig) -> Params:
 
     def one(path, spec: ParamSpec):
         leaf = ".".join(key.name for key in path)
-        if not any(f".{leaf}".endswith(f".{target}") for target in lora.targets if leaf.split(".")[-1] in ADAPTABLE):
+        adaptable = leaf.split(".")[-1] in ADAPTABLE and not leaf.startswith("mtp.")
+        if not (adaptable and any(f".{leaf}".endswith(f".{target}") for target in lora.targets)):
             return None
         lead = num_leading(spec)
         split = lead + num_in(leaf)

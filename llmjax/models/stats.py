@@ -29,12 +29,13 @@ def _share(spec, cfg: ModelConfig) -> float:
 def forward_flops_per_token(cfg: ModelConfig, length: int) -> float:
     """Matrix-product FLOPs of one token in a causal sequence of `length`: 2 per active weight of a matrix, and 2 per number
     of the keys and values that a query meets (Kaplan et al. 2020, arXiv:2001.08361, table 1, with causal masking and
-    windows); the look-up of the input, norms and biases are free.
+    windows); the look-up of the input, norms and biases are free. Modules for multi-token prediction count.
     """
     specs = jax.tree.leaves(transformer_spec(cfg), is_leaf=is_spec)
     matrices = sum(math.prod(spec.shape) * _share(spec, cfg) for spec in specs if spec.constant is None)
     lookup = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.embed_dim
-    keys = sum(_mean_keys(min(window, length), length) for window in cfg.windows)
+    keys = sum(_mean_keys(min(window, length), length) for window in (*cfg.windows, *(length,) * cfg.num_mtp_layers))
+    matrices += cfg.num_mtp_layers * cfg.vocab_size * cfg.embed_dim  # the head is used once more by each module
     return 2.0 * (matrices - lookup) + 2.0 * keys * cfg.num_heads * (cfg.qk_dim + cfg.v_dim)
 
 

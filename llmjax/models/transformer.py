@@ -11,6 +11,7 @@ from llmjax.models.attention import Attention, attention, attention_spec
 from llmjax.models.cache import LayerCache
 from llmjax.models.config import UNLIMITED, ModelConfig
 from llmjax.models.layers import Mlp, activation, embed_tokens, gated_mlp, mlp_spec, rms_norm, rope_table
+from llmjax.models.linear import linear
 from llmjax.models.mla import Mla, mla_attention, mla_spec
 from llmjax.models.moe import Moe, RouterStats, moe_layer, moe_spec
 from llmjax.models.spec import ParamSpec, is_spec
@@ -30,10 +31,23 @@ class Block:
 
 
 @struct.dataclass
+class Mtp:
+    """Modules for multi-token prediction; leaves are stacked over modules: norms [D], hidden, token [D, D]."""
+
+    hidden_norm: Array
+    hidden: Array
+    token_norm: Array
+    token: Array
+    block: Block
+    final_norm: Array
+
+
+@struct.dataclass
 class Params:
     """embed [V, D]; blocks stacked [L, ...]; final_norm [D]; head [V, D], or None when tied to embed.
 
-    dense_blocks: the dense layers below the sparse ones (`MoEConfig.first_k_dense`), stacked, or None.
+    dense_blocks: the dense layers below the sparse ones (`MoEConfig.first_k_dense`), stacked, or None. mtp: modules for
+    multi-token prediction (`ModelConfig.num_mtp_layers`), or None.
     """
 
     embed: Array
@@ -41,6 +55,7 @@ class Params:
     final_norm: Array
     head: Array | None
     dense_blocks: Block | None = None
+    mtp: Mtp | None = None
 
 
 def transformer_spec(cfg: ModelConfig) -> Params:
@@ -49,21 +64,26 @@ def transformer_spec(cfg: ModelConfig) -> Params:
     norm = ParamSpec((d,), (None,), constant=1.0 - cfg.norm_offset)
     post_norm = norm if cfg.post_norms else None
 
-    def stack(mlp, num_layers):
+    def block(mlp):
         attention = attention_spec(cfg) if cfg.mla is None else mla_spec(cfg)
-        block = Block(norm, attention, norm, mlp, post_norm, post_norm)
-        return jax.tree.map(lambda s: s.stacked(num_layers), block, is_leaf=is_spec)
+        return Block(norm, attention, norm, mlp, post_norm, post_norm)
 
-    dense = cfg.num_dense_layers
-    mlp = mlp_spec(cfg, cfg.mlp_dim)
+    def stack(spec, num_layers):
+        return jax.tree.map(lambda s: s.stacked(num_layers), spec, is_leaf=is_spec) if num_layers else None
+
+    dense = mlp_spec(cfg, cfg.mlp_dim)
+    main = block(dense if cfg.moe is None else moe_spec(cfg))
+    # Two terms are added, each of the size that one alone would have.
+    half = ParamSpec((d, d), ("embed", None), std=(2 * d) ** -0.5)
     # Normalised hidden states have unit-size entries, so this width gives logits of unit size.
     table = ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), std=d**-0.5)
     return Params(
         embed=table,
-        blocks=stack(mlp if cfg.moe is None else moe_spec(cfg), cfg.num_layers - dense),
+        blocks=stack(main, cfg.num_layers - cfg.num_dense_layers),
         final_norm=norm,
         head=None if cfg.tie_embeddings else table,
-        dense_blocks=stack(mlp, dense) if dense else None,
+        dense_blocks=stack(block(dense), cfg.num_dense_layers),
+        mtp=stack(Mtp(norm, half, norm, half, main, norm), cfg.num_mtp_layers),
     )
 
 
@@ -107,6 +127,31 @@ def hidden_states(
         first += depth
     x_BTD = rms_norm(x_BTD, params.final_norm, cfg.norm_eps, cfg.norm_offset)
     return x_BTD, None if cache is None else tuple(caches), stats
+
+
+def mtp_hidden_states(
+    params: Params,
+    module: int,
+    x_BTD: Float[Array, "B T D"],
+    next_tokens_BT: Int[Array, "B T"],
+    cfg: ModelConfig,
+    *,
+    positions_BT: Int[Array, "B T"],
+    segment_ids_BT: Int[Array, "B T"],
+) -> tuple[Float[Array, "B T D"], RouterStats | None]:
+    """Normalised hidden states that predict one token further than x, and router statistics.
+
+    x: what `hidden_states`, or the module before, returned. next_tokens: those that x predicts. Arguments else as there;
+    DeepSeek-V3, arXiv:2412.19437, eq. 21-23.
+    """
+    w: Mtp = jax.tree.map(lambda leaf: leaf[module : module + 1], params.mtp)
+    known_BTD = embed_tokens(params.embed, next_tokens_BT, x_BTD.dtype)
+    x_BTD = rms_norm(x_BTD, w.hidden_norm[0], cfg.norm_eps, cfg.norm_offset)
+    known_BTD = rms_norm(known_BTD, w.token_norm[0], cfg.norm_eps, cfg.norm_offset)
+    x_BTD = linear("BTD,Dd->BTd", x_BTD, w.hidden[0]) + linear("BTD,Dd->BTd", known_BTD, w.token[0])
+    ropes = _rope_tables(positions_BT, cfg)
+    x_BTD, _, stats = _run_blocks(w.block, sharding.constrain(x_BTD, "BTD"), (UNLIMITED,), ropes, segment_ids_BT, None, cfg)
+    return rms_norm(x_BTD, w.final_norm[0], cfg.norm_eps, cfg.norm_offset), stats
 
 
 def _rope_tables(positions_BT, cfg: ModelConfig):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from llmjax import sharding
 from llmjax.models.config import ModelConfig
 from llmjax.models.moe import router_loss, router_metrics
-from llmjax.models.transformer import Params, head_table, hidden_states
+from llmjax.models.transformer import Params, head_table, hidden_states, mtp_hidden_states
 from llmjax.typing import Array, Float, Int
 
 # Logits kept at a time by the fused loss: small enough for the caches, large enough for full-speed products.
@@ -18,7 +18,8 @@ CHUNK_LOGITS = 4 * 2**20
 
 
 def lm_loss(params: Params, batch: dict[str, Array], key, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
-    """Mean negative log-likelihood of the targets where loss_mask is 1, in nats per token, plus the router's losses.
+    """Mean negative log-likelihood of the targets where loss_mask is 1, in nats per token, plus the losses of the router and
+    of the modules for multi-token prediction, where the model has them.
 
     batch, each [B, T] int32: inputs, targets (the input one place later), positions, segment_ids (0 is padding),
     loss_mask. The mean is over the loss tokens of the whole batch. key: unused, there is no dropout.
@@ -31,10 +32,33 @@ def lm_loss(params: Params, batch: dict[str, Array], key, cfg: ModelConfig) -> t
     num_tokens = jnp.sum(mask_BT)
     total = cross_entropy_sum(x_BTD, head_table(params), batch["targets"], mask_BT, cfg.logit_softcap)
     nll = total / jnp.maximum(num_tokens, 1.0)
-    metrics = {"loss": nll, "loss_tokens": num_tokens}
+    loss, metrics = nll, {"loss": nll, "loss_tokens": num_tokens}
+    if cfg.num_mtp_layers:
+        further, more_stats = _further_tokens(params, x_BTD, batch, cfg)
+        loss, metrics = loss + cfg.mtp_coef * further, metrics | {"mtp_loss": further}
+        stats = None if stats is None else jax.tree.map(lambda *s: jnp.concatenate(s), stats, *more_stats)
     if stats is None:
-        return nll, metrics
-    return nll + router_loss(stats, cfg.moe), metrics | router_metrics(stats)
+        return loss, metrics
+    return loss + router_loss(stats, cfg.moe), metrics | router_metrics(stats)
+
+
+def _further_tokens(params: Params, x_BTD: Array, batch: dict[str, Array], cfg: ModelConfig) -> tuple[Array, list]:
+    """Mean over the modules for multi-token prediction of their loss, nats per token, and their router statistics.
+
+    Module k predicts the token k places behind the next one, within its own document.
+    """
+    segment_ids_BT, targets_BT = batch["segment_ids"], batch["targets"]
+    mask_BT, stats, total = batch["loss_mask"].astype(jnp.float32), [], 0.0
+    own_BT = jnp.concatenate([segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1], jnp.zeros_like(mask_BT[:, :1])], axis=1)
+    for module in range(cfg.num_mtp_layers):
+        x_BTD, module_stats = mtp_hidden_states(
+            params, module, x_BTD, targets_BT, cfg, positions_BT=batch["positions"], segment_ids_BT=segment_ids_BT
+        )
+        targets_BT, mask_BT = jnp.roll(targets_BT, -1, axis=1), jnp.roll(mask_BT, -1, axis=1) * own_BT
+        nats = cross_entropy_sum(x_BTD, head_table(params), targets_BT, mask_BT, cfg.logit_softcap)
+        total += nats / jnp.maximum(jnp.sum(mask_BT), 1.0)
+        stats.append(module_stats)
+    return total / cfg.num_mtp_layers, stats
 
 
 def token_log_probs(

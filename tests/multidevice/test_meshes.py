@@ -53,6 +53,7 @@ class Options:
 FAMILIES = {
     "latent": dataclasses.replace(
         tiny.DENSE, num_layers=3, mla=MLAConfig(kv_lora_rank=8, q_lora_rank=8, nope_dim=6, rope_dim=4, v_dim=8),
+        num_mtp_layers=1,
         moe=MoEConfig(
             num_experts=4, top_k=2, mlp_dim=12, scoring="sigmoid", selection_bias=True, num_groups=2, top_k_groups=1,
             routed_scaling=2.0, shared_mlp_dim=12, first_k_dense=1,

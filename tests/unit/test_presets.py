@@ -59,3 +59,9 @@ def test_a_preset_with_a_change_and_an_unknown_one():
     assert preset("llama3-8b", num_layers=2).num_layers == 2
     with pytest.raises(UserError, match="no model is called 'mixtral-8x7'; did you mean 'mixtral-8x7b'"):
         preset("mixtral-8x7")
+
+
+def test_multi_token_prediction_of_deepseek_v3():
+    """The release counts 11.5 billion parameters that the main model does not share; its shapes give 11.61."""
+    more = total_params(preset("deepseek-v3", num_mtp_layers=1)) - total_params(preset("deepseek-v3"))
+    assert more / 1e9 == pytest.approx(11.5, rel=1e-2)
