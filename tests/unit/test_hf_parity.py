@@ -130,10 +130,11 @@ def test_gradient_of_the_loss(case):
 
 def test_both_spellings_of_the_rotary_settings(case):
     _, folder, cfg, raw, _ = case
-    if "full_attention" in raw["rope_parameters"]:
-        pytest.skip("the old spelling of Gemma-3 cannot say this theta pattern")
     old = {k: v for k, v in raw.items() if k != "rope_parameters"}
     scaling = dict(raw["rope_parameters"])
+    if "full_attention" in scaling:  # Gemma-3
+        old["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
+        scaling = dict(scaling["full_attention"])
     old["rope_theta"] = scaling.pop("rope_theta")
     old["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling
     old["torch_dtype"] = old.pop("dtype")
