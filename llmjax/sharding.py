@@ -231,6 +231,12 @@ def axis_size(name: str) -> int:
     return 1 if mesh.empty else mesh.shape.get(name, 1)
 
 
+def mesh_axis_size(name: str) -> int:
+    """Number of devices along axis `name` of the surrounding mesh, outside of `local`; 1 without a mesh."""
+    mesh = _active_mesh()
+    return 1 if mesh is None else mesh.shape[name]
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh | None) -> dict[str, Array]:
     """Host arrays [B, ...] -> device arrays split over the batch axes. Every process passes the same global batch."""
     if mesh is None:

@@ -15,6 +15,18 @@ class MoEConfig:
     """A sparse feed-forward layer: a gating network sends each token to `top_k` of `num_experts` experts.
 
     mlp_dim: hidden width of one expert (active width of a token: top_k * mlp_dim).
+    router: "top_k"; "expert_choice": experts choose tokens (arXiv:2202.09368), for training only, since a token's fate depends
+        on later ones; "hash": experts by the token's id, not learned (arXiv:2106.04426).
+    capacity_factor: 0 serves every choice; else an expert takes ceil(capacity_factor * top_k * T / num_experts) tokens of a
+        sequence of T and the others are dropped (arXiv:2006.16668). Decoding never drops.
+    router_noise, router_jitter: in training, noise on the logits (deviation router_noise / num_experts, arXiv:2106.05974) and
+        factor 1 +- router_jitter on the router's input (arXiv:2101.03961).
+    bias_update_rate: after each step of pre-training and SFT the selection bias of an expert with more than its share of
+        the batch falls by this much, and that of one with less rises (arXiv:2408.15664, algorithm 1).
+    expert_parallel: over the mesh axis `expert`, tokens are exchanged by "all_gather" (each device sees all of them) or by
+        "all_to_all" (each sends its tokens to where their experts are). exchange_factor: 0 for room for the worst case in that
+        exchange; else room for that many times an even share, and what does not fit is dropped and counted.
+    sequence_balance_coef: weight of the load-balancing loss taken in each sequence by itself (arXiv:2412.19437, eq. 17).
     scoring: scores are the softmax over experts, or a sigmoid of each (DeepSeek-V3, arXiv:2412.19437, eq. 15).
     renormalize: the chosen scores are divided by their sum (Mixtral); else used as they are (OLMoE).
     routed_scaling: factor on the gate weights. router_bias: a learned bias on the router's logits (gpt-oss).
@@ -44,11 +56,25 @@ class MoEConfig:
     shared_mlp_dim: int = 0
     first_k_dense: int = 0
     expert_bias: bool = False
+    router: Literal["top_k", "expert_choice", "hash"] = "top_k"
+    capacity_factor: float = 0.0
+    router_noise: float = 0.0
+    router_jitter: float = 0.0
+    bias_update_rate: float = 0.0
+    expert_parallel: Literal["all_gather", "all_to_all"] = "all_gather"
+    exchange_factor: float = 0.0
+    sequence_balance_coef: float = 0.0
+
+    @property
+    def has_slots(self) -> bool:
+        """Whether an expert has a fixed number of places in training."""
+        return self.router == "expert_choice" or self.capacity_factor > 0
 
     def validate(self) -> None:
+        self._validate_router()
         if not 1 <= self.top_k <= self.num_experts:
             raise UserError(f"top_k={self.top_k} must be between 1 and num_experts={self.num_experts}")
-        if self.top_k == 1 and self.renormalize:
+        if self.top_k == 1 and self.renormalize and self.router == "top_k":
             raise UserError(
                 "top_k=1 with renormalize=True makes every gate 1, so the router gets no gradient; set renormalize=False"
             )
@@ -64,6 +90,22 @@ class MoEConfig:
         reachable = self.top_k_groups * self.num_experts // self.num_groups
         if self.top_k > reachable:
             raise UserError(f"top_k={self.top_k}, but top_k_groups={self.top_k_groups} hold only {reachable} experts")
+
+    def _validate_router(self) -> None:
+        rates = ("capacity_factor", "router_noise", "bias_update_rate", "exchange_factor", "sequence_balance_coef")
+        for name in rates:
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}={getattr(self, name)} must be 0 or more")
+        if not 0 <= self.router_jitter < 1:
+            raise UserError(f"router_jitter={self.router_jitter} must be at least 0 and less than 1")
+        if self.bias_update_rate and not self.selection_bias:
+            raise UserError(f"bias_update_rate={self.bias_update_rate} needs selection_bias=True: it is what is updated")
+        if self.router != "top_k" and (self.selection_bias or self.num_groups > 1):
+            raise UserError(f"router={self.router} makes no use of selection_bias and num_groups; leave them out")
+        if self.has_slots and (self.expert_bias or self.expert_parallel == "all_to_all"):
+            raise UserError("experts with a capacity go with neither expert_bias nor expert_parallel=all_to_all")
+        if self.expert_bias and self.expert_parallel == "all_to_all":
+            raise UserError("expert_bias goes with expert_parallel=all_gather only")
 
 
 @dataclass(frozen=True)

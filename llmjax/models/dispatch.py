@@ -71,6 +71,28 @@ def expert_ffn_ragged(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EF
     return jnp.sum(y_TCD * weights_TC[..., None], axis=1)
 
 
+def expert_ffn_slots(
+    x_BTD: Float[Array, "B T D"],
+    tokens_BES: Int[Array, "B E S"],
+    weights_BES: Float[Array, "B E S"],
+    gate_EDF: Float[Array, "E D F"],
+    up_EDF: Float[Array, "E D F"],
+    down_EFD: Float[Array, "E F D"],
+    act: Activation = _silu,
+) -> Float[Array, "B T D"]:
+    """Gated experts with S places for tokens of each sequence; a place that holds T is empty."""
+    b, t, d = x_BTD.shape
+    num_experts, slots = tokens_BES.shape[1:]
+    dtype = x_BTD.dtype
+    row = jnp.arange(b)[:, None, None]
+    x_BESD = x_BTD.at[row, tokens_BES].get(mode="fill", fill_value=0)
+    x_EMD = x_BESD.swapaxes(0, 1).reshape(num_experts, b * slots, d)
+    gate, up, down = (w.astype(dtype) for w in (gate_EDF, up_EDF, down_EFD))
+    y_EMD = jnp.matmul(act(jnp.matmul(x_EMD, gate), jnp.matmul(x_EMD, up)), down)
+    y_BESD = y_EMD.reshape(num_experts, b, slots, -1).swapaxes(0, 1) * weights_BES[..., None].astype(dtype)
+    return jnp.zeros((b, t, y_BESD.shape[-1]), dtype).at[row, tokens_BES].add(y_BESD, mode="drop")
+
+
 def block_sizes(rows_per_expert: int, num_experts: int) -> tuple[tuple[int, ...], int]:
     """`sizes`, largest first, and `first` of `expert_ffn_blocks` for the mean number of rows of an expert."""
     if num_experts <= MAX_UNROLLED and 64 <= rows_per_expert < 1024:

@@ -1,9 +1,9 @@
 """The sparse feed-forward layer: router, balancing losses, statistics, experts over the mesh.
 
-Conventions, fixed here once: f_e is the fraction of all choices that went to expert e (sums to 1 over experts), P_e the mean
-router probability; both over the real tokens of the global batch, never over padding, and per layer. The load-balancing
-loss is E * sum_e f_e P_e, which is 1 at perfect balance and E at collapse with top_k=1. Sigmoid scores count as probabilities
-once divided by their sum. Groups that were not chosen are out of the choice (-inf). Everything of the router is float32.
+Conventions, fixed here and in `models.routers` once: f_e is the fraction of all choices that went to expert e (sums to 1 over
+experts), P_e the mean router probability; both over the real tokens of the global batch, never over padding, and per layer.
+The load-balancing loss is E * sum_e f_e P_e, which is 1 at perfect balance and E at collapse with top_k=1; its gradient goes
+through P alone. The selection bias moves once after each optimizer step, by the loads of that step.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ import jax.numpy as jnp
 from flax import struct
 
 from llmjax import sharding
+from llmjax.errors import UserError
 from llmjax.models.config import ModelConfig, MoEConfig
-from llmjax.models.dispatch import expert_ffn
+from llmjax.models.expert_parallel import exchanged_experts, gathered_experts, slot_experts
 from llmjax.models.layers import Mlp, activation, gated_mlp, mlp_spec, residual_scale
 from llmjax.models.linear import Weight, full_weight
+from llmjax.models.routers import Routing, Slots, capacity_slots, expert_choice, jitter, noisy_logits, route
 from llmjax.models.spec import ParamSpec
-from llmjax.typing import Array, Float, Int
+from llmjax.typing import Array, Float, Int, PRNGKeyArray
 
 
 @struct.dataclass
@@ -47,15 +49,20 @@ class Moe:
 class RouterStats:
     """What a router did to one batch; every field is a float32 scalar but load [E]; stacked over layers by the model.
 
-    load_balance: loss, 1 at balance. z_loss: mean squared log-partition. load: fraction of choices per expert.
-    entropy: mean entropy of the router's distribution, nats (at most ln E). logit_norm: root mean square router logit.
+    load_balance: loss, 1 at balance; sequence_balance: the same within sequences. z_loss: mean squared log-partition.
+    load: fraction of choices per expert, before any is dropped. entropy: mean entropy of the router's distribution, nats
+    (at most ln E). logit_norm: root mean square router logit. dropped: fraction of the choices that were not served.
+    routes: [B, T, C] int32, the experts of each token, which another pass can replay.
     """
 
     load_balance: Array
+    sequence_balance: Array
     z_loss: Array
     load: Array
     entropy: Array
     logit_norm: Array
+    dropped: Array
+    routes: Array | None = None
 
 
 def moe_spec(cfg: ModelConfig) -> Moe:
@@ -80,46 +87,13 @@ def moe_spec(cfg: ModelConfig) -> Moe:
     )
 
 
-def top_k_route(
-    logits_BTE: Float[Array, "B T E"], cfg: MoEConfig, selection_bias_E: Float[Array, "E"] | None = None
-) -> tuple[Int[Array, "B T C"], Float[Array, "B T C"], Float[Array, "B T E"]]:
-    """The top_k experts of each token by score (Shazeer et al. 2017, arXiv:1701.06538; options: see `MoEConfig`).
+def router_stats(
+    logits_BTE: Array, probs_BTE: Array, chosen_BTE: Array, valid_BT: Array, dropped_BT: Array | float = 0.0
+) -> RouterStats:
+    """Losses and statistics over the tokens where `valid_BT` holds (bool); see the module's conventions.
 
-    Returns expert ids (ties go to the lower id), gate weights (summing to routed_scaling when `cfg.renormalize`) and
-    probabilities. The selection bias takes part in the choice alone: it gets no gradient and changes no weight.
+    chosen: whether a token goes, or would go if there were room, to an expert. dropped: its choices that were not served.
     """
-    if cfg.scoring == "softmax":
-        probs_BTE = scores_BTE = jax.nn.softmax(logits_BTE, axis=-1)
-    else:
-        scores_BTE = jax.nn.sigmoid(logits_BTE)
-        probs_BTE = scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
-    if selection_bias_E is None and cfg.num_groups == 1:
-        weights_BTC, ids_BTC = jax.lax.top_k(scores_BTE, cfg.top_k)
-    else:
-        _, ids_BTC = jax.lax.top_k(jax.lax.stop_gradient(_choice(scores_BTE, cfg, selection_bias_E)), cfg.top_k)
-        weights_BTC = jnp.take_along_axis(scores_BTE, ids_BTC, axis=-1)
-    if cfg.renormalize:
-        weights_BTC = weights_BTC / jnp.sum(weights_BTC, axis=-1, keepdims=True)
-    if cfg.routed_scaling != 1.0:
-        weights_BTC = weights_BTC * cfg.routed_scaling
-    return ids_BTC, weights_BTC, probs_BTE
-
-
-def _choice(scores_BTE, cfg: MoEConfig, selection_bias_E):
-    """What the experts are chosen by: scores with their bias, -inf in the groups that a token does not reach."""
-    choice = scores_BTE if selection_bias_E is None else scores_BTE + selection_bias_E
-    if cfg.num_groups == 1:
-        return choice
-    grouped = choice.reshape(*choice.shape[:-1], cfg.num_groups, -1)
-    best = 1 if selection_bias_E is None else min(2, grouped.shape[-1])
-    worth = jnp.sum(jax.lax.top_k(grouped, best)[0], axis=-1)
-    _, groups = jax.lax.top_k(worth, cfg.top_k_groups)
-    reached = jnp.any(groups[..., None] == jnp.arange(cfg.num_groups), axis=-2)
-    return jnp.where(reached[..., None], grouped, -jnp.inf).reshape(choice.shape)
-
-
-def router_stats(logits_BTE: Array, probs_BTE: Array, ids_BTC: Array, valid_BT: Array) -> RouterStats:
-    """Losses and statistics over the tokens where `valid_BT` holds (bool); see the module's conventions."""
     num_experts = logits_BTE.shape[-1]
     weight_BT = valid_BT.astype(jnp.float32)
     num_tokens = jnp.maximum(jnp.sum(weight_BT), 1.0)
@@ -127,101 +101,150 @@ def router_stats(logits_BTE: Array, probs_BTE: Array, ids_BTC: Array, valid_BT: 
     def mean(x_BT):
         return jnp.sum(x_BT * weight_BT) / num_tokens
 
-    chosen_BTE = jnp.sum(ids_BTC[..., None] == jnp.arange(num_experts), axis=2).astype(jnp.float32)
-    load_E = jnp.sum(chosen_BTE * weight_BT[..., None], axis=(0, 1)) / (num_tokens * ids_BTC.shape[-1])
+    chosen_BTE = jax.lax.stop_gradient(chosen_BTE) * weight_BT[..., None]
+    num_choices = jnp.maximum(jnp.sum(chosen_BTE), 1.0)
+    load_E = jnp.sum(chosen_BTE, axis=(0, 1)) / num_choices
     prob_E = jnp.sum(probs_BTE * weight_BT[..., None], axis=(0, 1)) / num_tokens
     log_partition_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
     entropy_BT = log_partition_BT - jnp.sum(probs_BTE * logits_BTE, axis=-1)
     return RouterStats(
-        load_balance=num_experts * jnp.sum(jax.lax.stop_gradient(load_E) * prob_E),
+        load_balance=num_experts * jnp.sum(load_E * prob_E),
+        sequence_balance=_sequence_balance(probs_BTE, chosen_BTE, weight_BT),
         z_loss=mean(jnp.square(log_partition_BT)),
         load=load_E,
         entropy=mean(entropy_BT),
         logit_norm=jnp.sqrt(mean(jnp.mean(jnp.square(logits_BTE), axis=-1))),
+        dropped=jnp.sum(dropped_BT * weight_BT) / num_choices,
     )
+
+
+def _sequence_balance(probs_BTE, chosen_BTE, weight_BT) -> Array:
+    """The load-balancing loss of each sequence, averaged over those that hold a token."""
+    tokens_B1 = jnp.sum(weight_BT, axis=1, keepdims=True)
+    load_BE = jnp.sum(chosen_BTE, axis=1)
+    load_BE = load_BE / jnp.maximum(jnp.sum(load_BE, axis=1, keepdims=True), 1.0)
+    prob_BE = jnp.sum(probs_BTE * weight_BT[..., None], axis=1) / jnp.maximum(tokens_B1, 1.0)
+    each_B = probs_BTE.shape[-1] * jnp.sum(load_BE * prob_BE, axis=1)
+    return jnp.sum(each_B) / jnp.maximum(jnp.sum(tokens_B1 > 0), 1.0)
 
 
 def moe_layer(
-    w: Moe, x_BTD: Float[Array, "B T D"], segment_ids_BT: Int[Array, "B T"], cfg: ModelConfig
+    w: Moe,
+    x_BTD: Float[Array, "B T D"],
+    segment_ids_BT: Int[Array, "B T"],
+    cfg: ModelConfig,
+    *,
+    tokens_BT: Int[Array, "B T"] | None = None,
+    routes_BTC: Int[Array, "B T C"] | None = None,
+    key: PRNGKeyArray | None = None,
+    decoding: bool = False,
 ) -> tuple[Float[Array, "B T D"], RouterStats]:
-    """Routes each token and returns the gate-weighted sum of its experts, dropless, with the router's statistics.
+    """Routes each token and returns the gate-weighted sum of its experts, with the router's statistics.
 
-    Tokens of segment 0 are padding: they reach no routed expert and no statistic.
+    Tokens of segment 0 are padding: they reach no routed expert, no statistic and no place in an expert. tokens: ids of the
+    vocabulary, for hash routing. routes: to replay. key: of the router's noise in training, None for none. decoding: every
+    choice is served, whatever the capacity.
     """
     moe, act = cfg.moe, activation(cfg.activation, cfg.activation_limit)
     valid_BT = segment_ids_BT > 0
-    logits_BTE = sharding.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), w.router)
-    if w.router_bias is not None:
-        logits_BTE = logits_BTE + w.router_bias
-    ids_BTC, weights_BTC, probs_BTE = top_k_route(logits_BTE, moe, w.selection_bias)
-    stats = router_stats(logits_BTE, probs_BTE, ids_BTC, valid_BT)
-    ids_BTC = jnp.where(valid_BT[..., None], ids_BTC, moe.num_experts)
-    biases = () if w.gate_bias is None else (w.gate_bias, w.up_bias, w.down_bias)
-    run = sharding.local(
-        partial(_local_experts, act=act),
-        ["BTD", "BTC", "BTC", "EDF", "EDF", "EFD", *(["EF", "EF", "ED"] if biases else [])],
-        "BTD",
-    )
+    logits_BTE = router_logits(w, x_BTD, moe, key)
     # An update of an expert is added to its weight: it costs less than one product of its tokens.
-    gate_EDF, up_EDF = (full_weight(m, "EDF", num_leading=1, num_in=1) for m in (w.gate, w.up))
-    down_EFD = full_weight(w.down, "EFD", num_leading=1, num_in=1)
-    y_BTD = run(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *biases)
+    experts = [full_weight(m, "EDF", num_leading=1, num_in=1) for m in (w.gate, w.up)]
+    experts.append(full_weight(w.down, "EFD", num_leading=1, num_in=1))
+    dropped_BT: Array | float = 0.0
+    if moe.router == "expert_choice":
+        if decoding:
+            raise UserError("model.moe.router=expert_choice cannot decode: experts choose among all tokens, later ones too")
+        slots, probs_BTE = expert_choice(logits_BTE, moe, valid_BT)
+        routes_BTC = jnp.zeros((*valid_BT.shape, 0), jnp.int32)
+        chosen_BTE = _chosen_by_experts(slots, valid_BT.shape[1])
+        y_BTD = _run_slots(slots, x_BTD, experts, act)
+    else:
+        routing = route(
+            logits_BTE, moe, selection_bias_E=w.selection_bias, tokens_BT=tokens_BT, routes_BTC=routes_BTC
+        )
+        probs_BTE, routes_BTC = routing.probs, routing.ids
+        chosen_BTE = jnp.sum(routing.ids[..., None] == jnp.arange(moe.num_experts), axis=2).astype(jnp.float32)
+        if moe.capacity_factor and not decoding:
+            y_BTD, dropped_BT = _run_with_capacity(routing, x_BTD, experts, valid_BT, moe, act)
+        else:
+            y_BTD, dropped_BT = _run_dropless(w, routing, x_BTD, experts, valid_BT, moe, act)
+    stats = router_stats(logits_BTE, probs_BTE, chosen_BTE, valid_BT, dropped_BT)
     if w.shared is not None:
         y_BTD = y_BTD + gated_mlp(w.shared, x_BTD, act)
-    return y_BTD, stats
+    return y_BTD, stats.replace(routes=routes_BTC)
 
 
-def _local_experts(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *biases, act):
-    """Expert parallelism by all-gather: see the tokens of all expert shards, serve the local experts, reduce-scatter.
+def router_logits(w: Moe, x_BTD: Array, moe: MoEConfig, key: PRNGKeyArray | None = None) -> Float[Array, "B T E"]:
+    """float32 logits of the router; with a key, with the noise of training."""
+    jitter_key, noise_key = (None, None) if key is None else jax.random.split(key)
+    x_BTD = x_BTD.astype(jnp.float32)
+    if moe.router_jitter and jitter_key is not None:
+        x_BTD = jitter(x_BTD, moe, jitter_key)
+    logits_BTE = sharding.einsum("BTD,DE->BTE", x_BTD, w.router)
+    if w.router_bias is not None:
+        logits_BTE = logits_BTE + w.router_bias
+    return noisy_logits(logits_BTE, moe, noise_key) if moe.router_noise and noise_key is not None else logits_BTE
 
-    The hidden width may be split over `tensor`; its partial sums are added.
-    """
-    experts_here = gate_EDF.shape[0]
-    parallel = sharding.axis_size("expert") > 1
-    if parallel:
-        x_BTD, ids_BTC, weights_BTC = (
-            jax.lax.all_gather(a, "expert", axis=0, tiled=True) for a in (x_BTD, ids_BTC, weights_BTC)
-        )
-        ids_BTC = ids_BTC - jax.lax.axis_index("expert") * experts_here
-        ids_BTC = jnp.where((ids_BTC >= 0) & (ids_BTC < experts_here), ids_BTC, experts_here)
-    b, t, d = x_BTD.shape
-    x_TD, ids_TC, weights_TC = (a.reshape(b * t, -1) for a in (x_BTD, ids_BTC, weights_BTC))
-    if biases:  # those of the hidden layer as one more input, which is 1
-        gate_bias, up_bias, down_bias = biases
-        gate_EDF, up_EDF = (
-            jnp.concatenate([w, bias[:, None, :]], axis=1) for w, bias in ((gate_EDF, gate_bias), (up_EDF, up_bias))
-        )
-        x_TD = jnp.concatenate([x_TD, jnp.ones_like(x_TD[:, :1])], axis=1)
-    y_TD = expert_ffn(x_TD, ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, act)
-    tensor_size = sharding.axis_size("tensor")
-    if biases:
-        chosen_TE = jnp.sum(jnp.where(ids_TC[..., None] == jnp.arange(experts_here), weights_TC[..., None], 0), axis=1)
-        y_TD = y_TD + (chosen_TE @ (down_bias / tensor_size)).astype(y_TD.dtype)
-    y_BTD = y_TD.reshape(b, t, d)
-    if tensor_size > 1:
-        y_BTD = jax.lax.psum(y_BTD, "tensor")
-    if parallel:
-        y_BTD = jax.lax.psum_scatter(y_BTD, "expert", scatter_dimension=0, tiled=True)
-    return y_BTD
+
+def _run_dropless(w: Moe, routing: Routing, x_BTD, experts, valid_BT, moe: MoEConfig, act):
+    ids_BTC = jnp.where(valid_BT[..., None], routing.ids, moe.num_experts)
+    tokens, matrices = ["BTD", "BTC", "BTC"], ["EDF", "EDF", "EFD"]
+    if moe.expert_parallel == "all_to_all" and sharding.mesh_axis_size("expert") > 1:
+        exchange = partial(exchanged_experts, act=act, factor=moe.exchange_factor)
+        return sharding.local(exchange, [*tokens, *matrices], ["BTD", "BT"])(x_BTD, ids_BTC, routing.weights, *experts)
+    biases = () if w.gate_bias is None else (w.gate_bias, w.up_bias, w.down_bias)
+    letters = [*tokens, *matrices, *(["EF", "EF", "ED"] if biases else [])]
+    run = sharding.local(partial(gathered_experts, act=act), letters, "BTD")
+    return run(x_BTD, ids_BTC, routing.weights, *experts, *biases), 0.0
+
+
+def _run_with_capacity(routing: Routing, x_BTD, experts, valid_BT, moe: MoEConfig, act):
+    def fill(ids, weights, valid):
+        slots, dropped = capacity_slots(ids, weights, moe, valid)
+        return slots.tokens, slots.weights, dropped
+
+    fill = sharding.local(fill, ["BTC", "BTC", "BT"], ["B..", "B..", "BT"])
+    tokens_BES, weights_BES, dropped_BT = fill(routing.ids, routing.weights, valid_BT)
+    return _run_slots(Slots(tokens_BES, weights_BES), x_BTD, experts, act), dropped_BT
+
+
+def _run_slots(slots: Slots, x_BTD, experts, act):
+    run = sharding.local(partial(slot_experts, act=act), ["BTD", "B..", "B..", "EDF", "EDF", "EFD"], "BTD")
+    return run(x_BTD, slots.tokens, slots.weights, *experts)
+
+
+def _chosen_by_experts(slots: Slots, length: int) -> Array:
+    """[B, T, E]: 1 where an expert has taken a token."""
+    taken_BETS = slots.tokens[:, :, None, :] == jnp.arange(length)[:, None]
+    return jnp.any(taken_BETS, axis=-1).swapaxes(1, 2).astype(jnp.float32)
 
 
 def router_loss(stats: RouterStats, cfg: MoEConfig) -> Array:
     """Weighted balancing and z losses, averaged over layers: a scalar in nats to add to the training loss."""
-    return cfg.load_balance_coef * jnp.mean(stats.load_balance) + cfg.z_loss_coef * jnp.mean(stats.z_loss)
+    loss = cfg.load_balance_coef * jnp.mean(stats.load_balance) + cfg.z_loss_coef * jnp.mean(stats.z_loss)
+    if cfg.sequence_balance_coef:
+        loss += cfg.sequence_balance_coef * jnp.mean(stats.sequence_balance)
+    return loss
+
+
+def updated_selection_bias(bias_LE: Array, load_LE: Array, cfg: MoEConfig) -> Array:
+    """The bias after one step: b + bias_update_rate * sign(mean load - load), layer by layer (arXiv:2408.15664, algorithm 1).
+
+    load: fractions of the choices of the whole batch. Called once for an optimizer step, outside of every gradient.
+    """
+    return bias_LE + cfg.bias_update_rate * jnp.sign(1.0 / cfg.num_experts - load_LE)
 
 
 def router_metrics(stats: RouterStats) -> dict[str, Array]:
-    """Scalars and per-expert loads for the metrics; `stats` stacked over layers [L, ...]."""
-    num_layers, num_experts = stats.load.shape
-    metrics = {
+    """Scalars, and the load of each expert [L, E], for the metrics; `stats` stacked over layers [L, ...]."""
+    return {
         "moe/load_balance": jnp.mean(stats.load_balance),
         "moe/z_loss": jnp.mean(stats.z_loss),
         "moe/entropy": jnp.mean(stats.entropy),
         "moe/logit_norm": jnp.mean(stats.logit_norm),
-        "moe/max_load": jnp.max(stats.load) * num_experts,
+        "moe/dropped": jnp.mean(stats.dropped),
+        "moe/max_load": jnp.max(stats.load) * stats.load.shape[-1],
         "moe/dead_experts": jnp.sum(stats.load == 0).astype(jnp.float32),
+        "moe/load": stats.load,
     }
-    for layer in range(num_layers):
-        for e in range(num_experts):
-            metrics[f"moe/load/{layer}/{e}"] = stats.load[layer, e]
-    return metrics

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -13,9 +15,9 @@ from llmjax.models.config import UNLIMITED, ModelConfig
 from llmjax.models.layers import Mlp, activation, embed_tokens, gated_mlp, mlp_spec, rms_norm, rope_table
 from llmjax.models.linear import linear
 from llmjax.models.mla import Mla, mla_attention, mla_spec
-from llmjax.models.moe import Moe, RouterStats, moe_layer, moe_spec
+from llmjax.models.moe import Moe, RouterStats, moe_layer, moe_spec, updated_selection_bias
 from llmjax.models.spec import ParamSpec, is_spec
-from llmjax.typing import Array, Float, Int
+from llmjax.typing import Array, Float, Int, PRNGKeyArray
 
 
 @struct.dataclass
@@ -95,11 +97,14 @@ def hidden_states(
     positions_BT: Int[Array, "B T"] | None = None,
     segment_ids_BT: Int[Array, "B T"] | None = None,
     cache: tuple[LayerCache, ...] | None = None,
+    routes: Int[Array, "L B T C"] | None = None,
+    key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...] | None, RouterStats | None]:
     """Everything but the head: normalised hidden states, the updated cache, router statistics stacked over layers.
 
     positions: for RoPE, default 0..T-1. segment_ids: default all 1; 0 is padding, others attend only to their own.
-    With a cache, tokens are appended to it, and positions must be given.
+    With a cache, tokens are appended to it, and positions must be given. routes: `RouterStats.routes` of an earlier pass, to
+    be taken again by the sparse layers. key: of the routers' noise in training.
     """
     if positions_BT is None:
         if cache is not None:
@@ -119,10 +124,12 @@ def hidden_states(
     for blocks in (params.dense_blocks, params.blocks):
         if blocks is None:
             continue
-        depth = cfg.num_dense_layers if blocks is params.dense_blocks else cfg.num_layers - cfg.num_dense_layers
+        sparse = blocks is params.blocks
+        depth = cfg.num_layers - cfg.num_dense_layers if sparse else cfg.num_dense_layers
         own = None if cache is None else cache[first : first + depth]
         windows = cfg.windows[first : first + depth]
-        x_BTD, own, stats = _run_blocks(blocks, x_BTD, windows, ropes, segment_ids_BT, own, cfg)
+        router = RouterInputs(tokens_BT, routes if sparse else None, None if key is None else jax.random.split(key, depth))
+        x_BTD, own, stats = _run_blocks(blocks, x_BTD, windows, ropes, segment_ids_BT, own, cfg, router)
         caches.extend(own or ())
         first += depth
     x_BTD = rms_norm(x_BTD, params.final_norm, cfg.norm_eps, cfg.norm_offset)
@@ -150,7 +157,9 @@ def mtp_hidden_states(
     known_BTD = rms_norm(known_BTD, w.token_norm[0], cfg.norm_eps, cfg.norm_offset)
     x_BTD = linear("BTD,Dd->BTd", x_BTD, w.hidden[0]) + linear("BTD,Dd->BTd", known_BTD, w.token[0])
     ropes = _rope_tables(positions_BT, cfg)
-    x_BTD, _, stats = _run_blocks(w.block, sharding.constrain(x_BTD, "BTD"), (UNLIMITED,), ropes, segment_ids_BT, None, cfg)
+    router = RouterInputs(next_tokens_BT, None, None)
+    x_BTD = sharding.constrain(x_BTD, "BTD")
+    x_BTD, _, stats = _run_blocks(w.block, x_BTD, (UNLIMITED,), ropes, segment_ids_BT, None, cfg, router)
     return rms_norm(x_BTD, w.final_norm[0], cfg.norm_eps, cfg.norm_offset), stats
 
 
@@ -160,17 +169,30 @@ def _rope_tables(positions_BT, cfg: ModelConfig):
     return table, rope_table(positions_BT, cfg.rope_dim, cfg.local_rope_theta) if cfg.local_rope_theta else table
 
 
-def _run_blocks(blocks: Block, x_BTD, windows, ropes, segment_ids_BT, cache, cfg: ModelConfig):
+@dataclass(frozen=True)
+class RouterInputs:
+    """What routers look at beside the hidden states: tokens [B, T]; routes to replay [L, B, T, C]; keys [L]."""
+
+    tokens: Array
+    routes: Array | None
+    keys: PRNGKeyArray | None
+
+
+def _run_blocks(blocks: Block, x_BTD, windows, ropes, segment_ids_BT, cache, cfg: ModelConfig, router: RouterInputs):
     """A stack of blocks of one structure: (x, caches of its layers or None, router statistics stacked or None)."""
 
-    def block(x_BTD, w, window, layer_cache):
+    def block(x_BTD, w, window, layer_cache, routes, key):
         y_BTD = rms_norm(x_BTD, w.attention_norm, cfg.norm_eps, cfg.norm_offset)
         attend = attention if cfg.mla is None else mla_attention
         rope = _choose_rope(ropes, window)
         y_BTD, layer_cache = attend(w.attention, y_BTD, rope, segment_ids_BT, cfg, window, layer_cache)
         x_BTD = x_BTD + _post_norm(y_BTD, w.attention_post_norm, cfg)
         y_BTD = rms_norm(x_BTD, w.mlp_norm, cfg.norm_eps, cfg.norm_offset)
-        y_BTD, stats = _feed_forward(w.mlp, y_BTD, segment_ids_BT, cfg)
+        if isinstance(w.mlp, Mlp):
+            y_BTD, stats = gated_mlp(w.mlp, y_BTD, activation(cfg.activation, cfg.activation_limit)), None
+        else:
+            options = dict(tokens_BT=router.tokens, routes_BTC=routes, key=key, decoding=cache is not None)
+            y_BTD, stats = moe_layer(w.mlp, y_BTD, segment_ids_BT, cfg, **options)
         return x_BTD + _post_norm(y_BTD, w.mlp_post_norm, cfg), layer_cache, stats
 
     if cfg.remat and cache is None:
@@ -180,15 +202,17 @@ def _run_blocks(blocks: Block, x_BTD, windows, ropes, segment_ids_BT, cache, cfg
         same = windows[0] if len(set(windows)) == 1 else None
 
         def step(x_BTD, layer):
-            w, window = layer
-            x_BTD, _, stats = block(x_BTD, w, window if same is None else same, None)
+            w, window, *extra = layer
+            x_BTD, _, stats = block(x_BTD, w, window if same is None else same, None, *extra)
             return x_BTD, stats
 
-        x_BTD, stats = jax.lax.scan(step, x_BTD, (blocks, None if same is not None else jnp.asarray(windows)))
+        changing = None if same is not None else jnp.asarray(windows)
+        x_BTD, stats = jax.lax.scan(step, x_BTD, (blocks, changing, router.routes, router.keys))
         return x_BTD, None, stats
     caches, all_stats = [], []
     for i, w in enumerate(_unstack(blocks, len(windows))):
-        x_BTD, layer_cache, stats = block(x_BTD, w, windows[i], None if cache is None else cache[i])
+        own = (None if every is None else every[i] for every in (cache, router.routes, router.keys))
+        x_BTD, layer_cache, stats = block(x_BTD, w, windows[i], *own)
         caches.append(layer_cache)
         all_stats.append(stats)
     stats = None if all_stats[0] is None else jax.tree.map(lambda *s: jnp.stack(s), *all_stats)
@@ -227,12 +251,6 @@ def apply(params: Params, tokens_BT: Array, cfg: ModelConfig, **inputs):
     return logits(params, x_BTD, cfg), cache, stats
 
 
-def _feed_forward(w, x_BTD, segment_ids_BT, cfg: ModelConfig):
-    if isinstance(w, Mlp):
-        return gated_mlp(w, x_BTD, activation(cfg.activation, cfg.activation_limit)), None
-    return moe_layer(w, x_BTD, segment_ids_BT, cfg)
-
-
 def _use_scan(cfg: ModelConfig) -> bool:
     if cfg.layer_loop == "auto":
         return jax.default_backend() != "cpu"
@@ -244,3 +262,18 @@ def _unstack(blocks: Block, num_layers: int) -> list[Block]:
     leaves, tree = jax.tree.flatten(blocks)
     pieces = [[p[0] for p in jax.lax.split(leaf, [1] * num_layers, axis=0)] for leaf in leaves]
     return [tree.unflatten([piece[i] for piece in pieces]) for i in range(num_layers)]
+
+
+def with_updated_selection_bias(params: Params, load_LE: Float[Array, "L E"], cfg: ModelConfig) -> Params:
+    """The parameters after a step of auxiliary-loss-free balancing; load: `RouterStats.load` of the step's batch, over the
+    sparse layers and then the modules for multi-token prediction."""
+    layers = cfg.num_layers - cfg.num_dense_layers
+
+    def moved(block: Block, load_LE) -> Block:
+        bias_LE = updated_selection_bias(block.mlp.selection_bias, load_LE, cfg.moe)
+        return block.replace(mlp=block.mlp.replace(selection_bias=bias_LE))
+
+    params = params.replace(blocks=moved(params.blocks, load_LE[:layers]))
+    if params.mtp is None:
+        return params
+    return params.replace(mtp=params.mtp.replace(block=moved(params.mtp.block, load_LE[layers:])))

@@ -22,12 +22,12 @@ def lm_loss(params: Params, batch: dict[str, Array], key, cfg: ModelConfig) -> t
     of the modules for multi-token prediction, where the model has them.
 
     batch, each [B, T] int32: inputs, targets (the input one place later), positions, segment_ids (0 is padding),
-    loss_mask. The mean is over the loss tokens of the whole batch. key: unused, there is no dropout.
+    loss_mask. The mean is over the loss tokens of the whole batch. key: of the routers' noise, where they have any.
     """
-    del key
     x_BTD, _, stats = hidden_states(
-        params, batch["inputs"], cfg, positions_BT=batch["positions"], segment_ids_BT=batch["segment_ids"]
-    )
+        params, batch["inputs"], cfg, positions_BT=batch["positions"], segment_ids_BT=batch["segment_ids"],
+        key=key if cfg.moe is not None and (cfg.moe.router_noise or cfg.moe.router_jitter) else None,
+    )  # fmt: skip
     mask_BT = batch["loss_mask"].astype(jnp.float32)
     num_tokens = jnp.sum(mask_BT)
     total = cross_entropy_sum(x_BTD, head_table(params), batch["targets"], mask_BT, cfg.logit_softcap)

@@ -73,7 +73,7 @@ def make_ppo_step(run: Run, tx, abstract: TrainState, reference, reward_model, a
                 state, metrics = update(state, batch, key)
                 all_metrics.append(metrics)
         state = state.replace(step=jax.device_put(jnp.int32(iteration + 1), abstract.step.sharding))
-        means = {name: np.mean([float(m[name]) for m in all_metrics]) for name in all_metrics[0]}
+        means = {name: np.mean([np.asarray(m[name]) for m in all_metrics], axis=0) for name in all_metrics[0]}
         means["ratio_max"] = max(float(m["ratio_max"]) for m in all_metrics)
         means["first_ratio_max"] = float(all_metrics[0]["ratio_max"])
         return state, rollout_metrics | means | {"gold": gold_of(run, asked, prompts, generation)}

@@ -13,7 +13,7 @@ from llmjax.models.stats import active_params, total_params
 from llmjax.models.transformer import transformer_spec
 from llmjax.objectives.lm import lm_loss
 from llmjax.stages.prepare import pretrain_data
-from llmjax.stages.run import Run, finish, fit
+from llmjax.stages.run import Run, balancing, finish, fit
 from llmjax.stages.samples import continuations
 from llmjax.training.loop import Hook
 
@@ -42,7 +42,7 @@ def run_pretrain(run: Run) -> None:
     trained = fit(
         run, "pretrain", specs, start,
         lambda params, batch, key: lm_loss(params, batch, key, model), batches, cfg.optimizer, cfg.steps,
-        cfg.batch_size * cfg.length, cfg.length, [Hook(cfg.eval_every, evaluate)],
+        cfg.batch_size * cfg.length, cfg.length, [Hook(cfg.eval_every, evaluate)], after=balancing(model),
     )  # fmt: skip
     metrics = evaluate(cfg.steps, trained, max_batches=0)
     train_streams, eval_streams = (document_streams(data, run.tokenizer.endoftext_id) for data in (train_data, eval_data))

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from llmjax.interop import hf_folder
 from llmjax.models.config import ModelConfig
 from llmjax.models.spec import abstract_params
 from llmjax.models.stats import train_flops_per_token
-from llmjax.models.transformer import Params, transformer_spec
+from llmjax.models.transformer import Params, transformer_spec, with_updated_selection_bias
 from llmjax.stages.config import HF, Experiment
 from llmjax.training import checkpoint
 from llmjax.training.checkpoint import Checkpoints
@@ -105,20 +105,28 @@ def fit(
     length: int,
     hooks: Sequence[Hook] = (),
     frozen: Sequence[Any] = (),
+    after: Callable[[Any, Mapping[str, Any]], Any] | None = None,
 ) -> Trained:
     """Trains `start_params` with one update a step; the life of every stage but PPO, which brings its own step.
 
-    frozen: parameters that the loss sees behind its key, and that stay as they are.
+    frozen: parameters that the loss sees behind its key, and that stay as they are. after: as in `make_train_step`.
     """
     tx = make_optimizer(optimizer, num_steps, specs)
     abstract = abstract_state(specs, tx, run.mesh)
-    update = make_train_step(loss_fn, tx, abstract)
+    update = make_train_step(loss_fn, tx, abstract, after)
     flops = train_flops_per_token(run.model, length, frozen=bool(frozen))
 
     def step_fn(state, batch, key):
         return update(state, batch, key, *frozen)
 
     return fit_state(run, stage, tx, abstract, start_params, step_fn, batches, num_steps, tokens_per_step, flops, hooks)
+
+
+def balancing(cfg: ModelConfig) -> Callable[[Params, Mapping[str, Any]], Params] | None:
+    """What moves the selection bias after each step of a language model, if its config says so."""
+    if cfg.moe is None or not cfg.moe.bias_update_rate:
+        return None
+    return lambda params, metrics: with_updated_selection_bias(params, metrics["moe/load"], cfg)
 
 
 def fit_state(

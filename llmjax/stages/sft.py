@@ -12,7 +12,7 @@ from llmjax.models.spec import init_params, num_params
 from llmjax.models.transformer import transformer_spec
 from llmjax.objectives.lm import lm_loss
 from llmjax.stages.prepare import sft_data
-from llmjax.stages.run import Run, finish, fit
+from llmjax.stages.run import Run, balancing, finish, fit
 from llmjax.stages.samples import as_samples, ask, evaluation_questions
 from llmjax.training.loop import Hook
 
@@ -43,6 +43,7 @@ def run_sft(run: Run) -> None:
     trained = fit(
         run, "sft", specs, start, loss_fn, batches, cfg.optimizer, cfg.steps,
         cfg.batch_size * cfg.length, cfg.length, [Hook(cfg.eval_every, evaluate)], frozen,
+        None if cfg.lora else balancing(model),
     )  # fmt: skip
     final, adapter = trained.params, None
     if cfg.lora is not None:

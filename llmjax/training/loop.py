@@ -84,6 +84,15 @@ def train(loop: Loop, state: TrainState, abstract: TrainState, step_fn: StepFn, 
     return state
 
 
+def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Scalars as they are; entry [i, j] of an array as name/i/j."""
+    values = {}
+    for name, value in metrics.items():
+        for index in np.ndindex(np.shape(value)):
+            values["/".join([name, *map(str, index)])] = float(np.asarray(value)[index])
+    return values
+
+
 class _Reporter:
     """Turns the device metrics of each step into rows and progress, one step late."""
 
@@ -106,7 +115,7 @@ class _Reporter:
             return
         step, metrics = self._pending
         self._pending = None
-        values = {name: float(value) for name, value in to_host(dict(metrics)).items()}
+        values = flat_metrics(to_host(dict(metrics)))
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(values.get(name, 0.0))]
         if bad:
             raise UserError(

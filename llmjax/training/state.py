@@ -55,10 +55,16 @@ def init_state(params: PyTree, tx: optax.GradientTransformation, abstract: Train
     return jax.jit(build, out_shardings=places)(params)
 
 
-def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, abstract: TrainState):
+def make_train_step(
+    loss_fn: LossFn,
+    tx: optax.GradientTransformation,
+    abstract: TrainState,
+    after: Callable[[PyTree, dict[str, Array]], PyTree] | None = None,
+):
     """(state, batch, key, *frozen) -> (state, metrics), compiled; the old state is donated.
 
-    metrics: what the loss reports, and grad_norm: the global norm of the gradient before clipping.
+    metrics: what the loss reports, and grad_norm: the global norm of the gradient before clipping. after(params, metrics)
+    -> params is called once behind the optimizer's update, for what moves by no gradient.
     """
     places = jax.tree.map(lambda x: x.sharding, abstract)
 
@@ -66,6 +72,7 @@ def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformation, abstract:
         grads, metrics = jax.grad(loss_fn, has_aux=True)(state.params, batch, key, *frozen)
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        params = params if after is None else after(params, metrics)
         metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
         return TrainState(state.step + 1, params, opt_state), metrics
 

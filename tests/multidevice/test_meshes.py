@@ -33,6 +33,7 @@ MESHES = {
     "fsdp2-expert2-tensor2": dict(fsdp=2, expert=2, tensor=2),
     "data4-tensor2": dict(data=4, tensor=2),
     "fsdp8": dict(fsdp=8),
+    "expert4-data2": dict(expert=4, data=2),
 }
 EVERY_KIND = "fsdp2-expert2-tensor2"
 
@@ -70,7 +71,24 @@ FAMILIES = {
         rope_scaling=RopeScaling("yarn", factor=4.0, original_length=8),
     ),
 }  # fmt: skip
-MODELS = tiny.MODELS | FAMILIES
+# Other ways for tokens and experts to meet; the noise of a router is drawn alike on every mesh.
+
+
+def sparse(**fields):
+    return dataclasses.replace(tiny.SPARSE, moe=dataclasses.replace(tiny.SPARSE.moe, **fields))
+
+
+DISPATCHES = {
+    "exchange": sparse(expert_parallel="all_to_all"),
+    "exchange-many": sparse(expert_parallel="all_to_all", num_experts=64, top_k=8, mlp_dim=4),
+    "exchange-one": sparse(expert_parallel="all_to_all", top_k=1, renormalize=False),
+    "many": sparse(num_experts=64, top_k=8, mlp_dim=4),
+    "capacity": sparse(capacity_factor=0.75, sequence_balance_coef=0.1),
+    "experts-choose": sparse(router="expert_choice"),
+    "hash": sparse(router="hash"),
+    "noise": sparse(router_noise=2.0, router_jitter=0.3),
+}
+MODELS = tiny.MODELS | FAMILIES | DISPATCHES
 
 
 def model_config(model: str, loop: str = "unroll"):
@@ -97,7 +115,7 @@ def place(params, specs, mesh):
 def metrics_loss_and_grads(name: str, cfg, mesh):
     specs, loss, batch = objective(name, cfg)
     params = place(tiny.draw(specs), specs, mesh)
-    step = tiny.jit(jax.value_and_grad(lambda p, b: loss(p, b, None, cfg=cfg), has_aux=True))
+    step = tiny.jit(jax.value_and_grad(lambda p, b: loss(p, b, jax.random.key(3), cfg=cfg), has_aux=True))
     with sharding.use_mesh(mesh):
         (value, metrics), grads = step(params, sharding.put_batch(batch, mesh))
     return jax.device_get((metrics, value, grads))
@@ -143,6 +161,19 @@ def test_loss_metrics_and_gradients(name, mesh, mode, model, loop):
 @pytest.mark.parametrize("model", FAMILIES)
 def test_families(model, mode, loop):
     test_loss_metrics_and_gradients("lm", EVERY_KIND, mode, model, loop)
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+@pytest.mark.parametrize("mesh", [EVERY_KIND, "expert4-data2"])
+@pytest.mark.parametrize("model", DISPATCHES)
+def test_dispatches(model, mesh, mode):
+    test_loss_metrics_and_gradients("lm", mesh, mode, model, "unroll")
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+@pytest.mark.parametrize("model", ["exchange", "capacity", "hash", "noise"])
+def test_dispatches_generate_the_same_tokens(model, mode):
+    test_families_generate_the_same_tokens(model, mode)
 
 
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
