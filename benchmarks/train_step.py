@@ -11,16 +11,12 @@ Run it on a quiet machine: PyTorch's threads spin, and under load it looks slowe
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-import resource
 import statistics
-import subprocess
-import sys
 import tempfile
-import time
 
 from absl import app, flags
+from workers import Worker, report, serve
 
 BARS = {"A": 1.2, "B": 1.1}
 MAX_PAGE_FAULTS = 1000
@@ -163,60 +159,17 @@ def load_weights(cfg, folder: str):
     )
 
 
-def serve(kind: str, shape: dict, folder: str) -> None:
-    """Worker: a line on stdin is a number of seconds to work; the answer is the time and the page faults of each step."""
-    step = torch_worker(shape, folder) if kind == "torch" else our_worker(shape, folder, kind == "sparse")
-    first_loss = step()
-    for _ in range(2):
-        step()
-    print(json.dumps({"first_loss": first_loss}), flush=True)
-    for line in sys.stdin:
-        times, until = [], time.perf_counter() + float(line)
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-        while time.perf_counter() < until:
-            start = time.perf_counter()
-            step()
-            times.append(time.perf_counter() - start)
-        faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults
-        print(json.dumps({"times": times, "faults": faults / len(times)}), flush=True)
-
-
-class Worker:
-    def __init__(self, kind: str, shape_name: str, folder: str):
-        command = [sys.executable, __file__, f"--worker={kind}", f"--shapes={shape_name}", f"--folder={folder}"]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self.first_loss = self._read()["first_loss"]
-        self.times, self.faults = [], []
-
-    def _read(self) -> dict:
-        line = self._process.stdout.readline()
-        if not line:
-            raise RuntimeError("a worker died; run it by hand with --worker to see why")
-        return json.loads(line)
-
-    def turn(self, seconds: float) -> None:
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
-        answer = self._read()
-        self.times += answer["times"]
-        self.faults.append(answer["faults"])
-        time.sleep(0.5)  # spinning threads go to sleep
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-
-    @property
-    def milliseconds(self) -> float:
-        return 1e3 * statistics.median(self.times)
+def make_step(kind: str, shape: dict, folder: str):
+    return torch_worker(shape, folder) if kind == "torch" else our_worker(shape, folder, kind == "sparse")
 
 
 def compare(name: str) -> list[tuple[str, bool]]:
     """Times one shape, prints it, and returns its bars as (text, met)."""
     with tempfile.TemporaryDirectory() as folder:
-        workers = {kind: Worker(kind, name, folder) for kind in ("torch", "dense", "sparse")}
+        workers = {
+            kind: Worker(__file__, f"--worker={kind}", f"--shapes={name}", f"--folder={folder}")
+            for kind in ("torch", "dense", "sparse")
+        }
         for _ in range(_ROUNDS.value):
             for worker in workers.values():
                 worker.turn(_SECONDS.value)
@@ -225,12 +178,12 @@ def compare(name: str) -> list[tuple[str, bool]]:
     torch, dense, sparse = (workers[kind] for kind in ("torch", "dense", "sparse"))
     ratio = torch.milliseconds / dense.milliseconds
     faults = statistics.median(dense.faults)
-    gap = abs(torch.first_loss - dense.first_loss)
+    gap = abs(torch.first - dense.first)
     tokens = SHAPES[name]["batch"] * SHAPES[name]["length"]
-    print(f"shape {name}: fp32, {tokens} tokens a step, medians of {len(dense.times)} interleaved steps")
+    print(f"shape {name}: fp32, {tokens} tokens a step, medians of {len(dense.wall)} interleaved steps")
     for title, worker in (("transformers eager", torch), ("llmjax dense", dense), ("llmjax 8 experts top-2", sparse)):
         rate = tokens / worker.milliseconds * 1e3
-        print(f"  {title:<24}{worker.milliseconds:9.1f} ms  {rate:9,.0f} tokens/s  first loss {worker.first_loss:.5f}")
+        print(f"  {title:<24}{worker.milliseconds:9.1f} ms  {rate:9,.0f} tokens/s  first loss {worker.first:.5f}")
     print(f"  sparse step / dense step of equal active FLOPs: {sparse.milliseconds / dense.milliseconds:.2f}")
     return [
         (f"shape {name}: {ratio:.2f}x the speed of transformers (bar {BARS[name]}x)", ratio >= BARS[name]),
@@ -242,13 +195,9 @@ def compare(name: str) -> list[tuple[str, bool]]:
 def main(argv: list[str]) -> None:
     del argv
     if _WORKER.value:
-        serve(_WORKER.value, SHAPES[_SHAPES.value[0]], _FOLDER.value)
+        serve(make_step(_WORKER.value, SHAPES[_SHAPES.value[0]], _FOLDER.value))
         return
-    bars = [bar for name in _SHAPES.value for bar in compare(name)]
-    for text, met in bars:
-        print(("met    " if met else "MISSED ") + text)
-    if _CHECK.value and not all(met for _, met in bars):
-        sys.exit(1)
+    report([bar for name in _SHAPES.value for bar in compare(name)], _CHECK.value)
 
 
 if __name__ == "__main__":
