@@ -16,7 +16,7 @@ from llmjax.errors import UserError
 from llmjax.generation.decode import decode_step, prefill
 from llmjax.models.cache import init_cache
 from llmjax.models.config import MoEConfig
-from llmjax.models.moe import moe_layer, moe_spec
+from llmjax.models.moe import moe_layer, moe_spec, router_loss, router_stats
 from llmjax.models.routers import route, slots_per_expert
 from llmjax.models.spec import init_params
 from llmjax.models.transformer import hidden_states, logits, transformer_spec, with_updated_selection_bias
@@ -226,14 +226,14 @@ def test_experts_that_choose_are_all_full_and_cannot_decode():
 
 def test_losses_are_of_each_layer_not_of_the_pool():
     """Two layers that prefer different experts do not make up for each other."""
-    cfg = dataclasses.replace(config(top_k=1, renormalize=False), num_layers=2)
-    params = tiny.language_model(cfg)
-    router = np.zeros(params.blocks.mlp.router.shape, np.float32)
-    router[0, :, 0], router[1, :, 1] = 50.0, 50.0
-    params = params.replace(blocks=params.blocks.replace(mlp=params.blocks.mlp.replace(router=jnp.asarray(router))))
-    _, _, stats = tiny.apply(params, tiny.tokens(cfg, 2, T), cfg=cfg)
-    pooled = E * jnp.sum(jnp.mean(stats.load, axis=0) ** 2)  # scores as sharp as these are loads
-    assert np.all(stats.load_balance > 1.3) and jnp.mean(stats.load_balance) > pooled + 0.3
+
+    def collapsed(expert):
+        logits_BTE = jnp.full((2, T, E), -50.0).at[..., expert].set(50.0)
+        return router_stats(logits_BTE, jax.nn.softmax(logits_BTE), logits_BTE > 0, jnp.ones((2, T), bool))
+
+    both = jax.tree.map(lambda *leaves: jnp.stack(leaves), collapsed(0), collapsed(1))
+    cfg = dataclasses.replace(BASE, load_balance_coef=1.0, z_loss_coef=0.0)
+    np.testing.assert_allclose(router_loss(both, cfg), E, rtol=1e-6)  # of the pool it would be E / 2
 
 
 def test_the_loss_within_sequences_is_the_mean_over_them():
