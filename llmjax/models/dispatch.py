@@ -95,7 +95,7 @@ def expert_ffn_slots(
 
 def block_sizes(rows_per_expert: int, num_experts: int) -> tuple[tuple[int, ...], int]:
     """`sizes`, largest first, and `first` of `expert_ffn_blocks` for the mean number of rows of an expert."""
-    if num_experts <= MAX_UNROLLED and 64 <= rows_per_expert < 1024:
+    if num_experts <= MAX_UNROLLED and 64 <= rows_per_expert <= 2048:
         return (64,), rows_per_expert - rows_per_expert % 32
     if rows_per_expert >= 512:
         return (512, 64), 0
@@ -124,6 +124,11 @@ def expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EF
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def _blocks(x_TD, expert_ids_TC, weights_TC, *experts_and_form):
     return _blocks_forward(x_TD, expert_ids_TC, weights_TC, *experts_and_form, save=False)[0]
+
+
+def _lead(num_rows: int, num_experts: int, sizes: tuple[int, ...]) -> int:
+    """Rows of the block with which every expert begins: its even share."""
+    return max(sizes[-1], num_rows // num_experts)
 
 
 def _rows(x, pos, size):
@@ -163,7 +168,8 @@ def _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD,
     order, inverse, counts_E = _sort_by_expert(expert_ids_TC, num_experts)
     ends_E = jnp.cumsum(counts_E)
     starts_E = ends_E - counts_E
-    rows = order.size + max(first, sizes[0])  # the last block of the last expert may overhang
+    lead = first or _lead(order.size, num_experts, sizes)
+    rows = order.size + max(lead, sizes[0])  # the last block of the last expert may overhang
     x = jnp.zeros((rows, x_TD.shape[1]), x_TD.dtype).at[: order.size].set(x_TD[order // choices])
     y = jnp.zeros((rows, d), x_TD.dtype)
     hidden = tuple(jnp.zeros((rows, f), x_TD.dtype) for _ in range(2)) if save else ()
@@ -206,34 +212,48 @@ def _blocks_bwd(sizes, first, act, residuals, dy_TD):
     dweights_TC = jnp.einsum("td,tcd->tc", dy_TD, y[inverse].reshape(t, choices, -1))
     dy = jnp.zeros_like(y).at[: order.size].set(dy_TD[order // choices] * weights_TC.reshape(-1)[order][:, None])
 
-    def block_of(e, end):
+    def products_of(e, end):
         gate, up, down = gate_EDF[e], up_EDF[e], down_EFD[e]
 
-        def block(size, pos, carry):
-            dx, dgate, dup, ddown = carry
+        def products(size, pos, dx):
+            """dx with the block's rows, and what the block adds to the gradients of the expert."""
             own = (pos + jnp.arange(size) < ends_E[e])[:, None]
             dy_block = jnp.where(own, _rows(dy, pos, size), 0)
             x_block, g, u = (_rows(buffer, pos, size) for buffer in (x, g_rows, u_rows))
             hidden, act_vjp = jax.vjp(act, g, u)
             dg, du = act_vjp(dy_block @ down.T)
             dx = _put_rows(dx, dg @ gate.T + du @ up.T, pos, end)
-            return dx, dgate + x_block.T @ dg, dup + x_block.T @ du, ddown + hidden.T @ dy_block
+            return dx, (x_block.T @ dg, x_block.T @ du, hidden.T @ dy_block)
 
-        return block
+        def accumulate(size, pos, carry):
+            dx, *grads = carry
+            dx, more = products(size, pos, dx)
+            return dx, *(grad + new for grad, new in zip(grads, more))
 
-    def rest(e, carry):
-        dx, *stacked = carry
-        block = block_of(e, ends_E[e] if first else None)
-        dx, *grads = _walk(starts_E[e] + first, ends_E[e], sizes, block, (dx, *(all_[e] for all_ in stacked)))
-        return dx, *(jax.lax.dynamic_update_index_in_dim(all_, one, e, 0) for all_, one in zip(stacked, grads))
+        return products, accumulate
 
-    dx, dexperts = jnp.zeros_like(x), tuple(jnp.zeros_like(w) for w in experts)
+    # Every expert begins with a block whose products are its gradients, so that no sum starts from zeros in memory.
+    dx, lead = jnp.zeros_like(x), first or _lead(order.size, num_experts, sizes)
     if first:
         grads = []
         for e in range(num_experts):
-            dx, *own = block_of(e, None)(first, starts_E[e], (dx, *(jnp.zeros_like(w[e]) for w in experts)))
+            products, _ = products_of(e, None)
+            dx, own = products(first, starts_E[e], dx)
             grads.append(own)
         dexperts = tuple(jnp.stack(one) for one in zip(*grads))
+    else:
+        dexperts = tuple(jnp.zeros_like(w) for w in experts)
+
+    def rest(e, carry):
+        dx, *stacked = carry
+        products, accumulate = products_of(e, ends_E[e] if first else None)
+        if first:
+            own = tuple(all_[e] for all_ in stacked)
+        else:
+            dx, own = products(lead, starts_E[e], dx)
+        dx, *grads = _walk(starts_E[e] + lead, ends_E[e], sizes, accumulate, (dx, *own))
+        return dx, *(jax.lax.dynamic_update_index_in_dim(all_, one, e, 0) for all_, one in zip(stacked, grads))
+
     dx, *dexperts = jax.lax.fori_loop(0, num_experts, rest, (dx, *dexperts))
     dx_TD = jnp.sum(dx[inverse].reshape(t, choices, -1), axis=1)
     return dx_TD, None, dweights_TC, *dexperts

@@ -196,6 +196,9 @@ class Experiment:
                     f"sft needs dialogues with a judge, which only the built-in world has (data is {self.data.source}); "
                     "leave out sft, reward and ppo"
                 )
+        chooses = self.model.moe is not None and self.model.moe.router == "expert_choice"
+        if chooses and self.stages() != ("pretrain",):
+            raise UserError("model.moe.router=expert_choice cannot decode: leave out sft, reward and ppo")
         if self.model.moe is not None and self.model.moe.num_experts % self.mesh.expert:
             raise UserError(
                 f"mesh.expert={self.mesh.expert} does not divide model.moe.num_experts={self.model.moe.num_experts}"

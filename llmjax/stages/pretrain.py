@@ -55,7 +55,9 @@ def run_pretrain(run: Run) -> None:
         "num_active_params": active_params(model),
         "train_tokens": trained.tokens,
     }
-    finish(run, "pretrain", trained.params, trained, metrics, continuations(run, trained.params, eval_data))
+    decodes = model.moe is None or model.moe.router != "expert_choice"
+    samples = continuations(run, trained.params, eval_data) if decodes else []
+    finish(run, "pretrain", trained.params, trained, metrics, samples)
 
 
 def document_streams(packed: Packed, endoftext_id: int) -> list[np.ndarray]:
