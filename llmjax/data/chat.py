@@ -2,8 +2,8 @@
 
 The text of a message is marked with private-use characters before the template is rendered. The result, without the marks,
 is encoded as one text, as the reference libraries do it. Only if a control token would stand where a message speaks is the
-text cut there, and the message encoded without control tokens: "<|end|>" typed by a user stays text whatever the template
-does with it.
+text cut there, and the message encoded without control tokens: "<|end|>" typed by a user stays text. A template that takes such
+a message apart is refused.
 """
 
 import functools
@@ -78,10 +78,25 @@ def encode_chat(
     if not marked:
         raise UserError("the dialogue has no message; give at least one")
     chat = _encode(tokenizer, marked, add_generation_prompt)
+    _check_not_forged(tokenizer, messages, chat, add_generation_prompt)
     told = any(chat.loss_mask) or all(message["role"] != "assistant" for message in messages)
     if told or add_generation_prompt:  # nobody learns from a prompt
         return chat
     return _masked_by_prefixes(tokenizer, marked, chat)
+
+
+def _check_not_forged(tokenizer: "Tokenizer", messages, chat: ChatTokens, add_generation_prompt: bool) -> None:
+    """A template that takes texts apart loses their marks: then a typed control token would be one. Refuses that."""
+    names = [name for name in tokenizer.control_names if any(name in message["content"] for message in messages)]
+    if not names:
+        return
+    pattern = re.compile("|".join(map(re.escape, names)))
+    harmless = [dict(message, content=pattern.sub("x", message["content"])) for message in messages]
+    marked = [_mark(message, number) for number, message in enumerate(harmless, start=1)]
+    want = _encode(tokenizer, marked, add_generation_prompt).tokens
+    counts = [sum(token in tokenizer.control_ids for token in tokens) for tokens in (chat.tokens, want)]
+    if counts[0] != counts[1]:
+        raise UserError(f"chat template: it takes apart a message that says {names[0]!r}; mend it so that texts stay whole")
 
 
 def _encode(tokenizer: "Tokenizer", marked: list[dict[str, str]], add_generation_prompt: bool) -> ChatTokens:
@@ -105,7 +120,7 @@ def _masked_by_prefixes(tokenizer: "Tokenizer", marked: list[dict[str, str]], ch
                 "chat template: what it makes of a dialogue's beginning is not the beginning of what it makes of the "
                 "dialogue, so the assistant's tokens cannot be told; put {% generation %} around its text"
             )
-        controls = [i for i in range(len(before), len(after)) if after[i] in tokenizer.special_ids]
+        controls = [i for i in range(len(before), len(after)) if after[i] in tokenizer.control_ids]
         if not controls:
             raise UserError("chat template: no control token ends the assistant's turn, so a model could not learn to stop")
         mask[len(before) : controls[-1] + 1] = [1] * (controls[-1] + 1 - len(before))
@@ -188,7 +203,7 @@ def _encode_pieces(tokenizer: "Tokenizer", rendered: str) -> ChatTokens:
     cuts: set[int] = set()
     while True:
         tokens, places = _encode_between(tokenizer, text, cuts, forged)
-        controls = [place for token, place in zip(tokens, places) if token in tokenizer.special_ids]
+        controls = [place for token, place in zip(tokens, places) if token in tokenizer.control_ids]
         found = {span for span in said if any(b < span[1] and e > span[0] for b, e in controls)} - forged
         # A token must not reach over the edge of what the assistant produces: at inference the prompt ends there.
         reached = {edge for span in generated for edge in span if any(b < edge < e for b, e in places)}

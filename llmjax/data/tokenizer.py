@@ -70,17 +70,22 @@ class Tokenizer:
         """From the text of a tokenizer.json that has the tokens of `controls`."""
         # Two copies of one model: they differ only in whether the text of a control token becomes its id.
         self._template = tokenizers.Tokenizer.from_str(serialized)
-        self._plain = tokenizers.Tokenizer.from_str(serialized)
+        self._plain = tokenizers.Tokenizer.from_str(_with_template_tokens_special(serialized, chat_template))
         self._plain.encode_special_tokens = True
+        for copy in (self._template, self._plain):  # a published file may carry both
+            copy.no_truncation()
+            copy.no_padding()
         self._serialized = serialized
         self.chat_template = chat_template
         self.controls = controls
         for token in (controls.pad, controls.endoftext, controls.end):
             if self._plain.token_to_id(token) is None:
                 raise UserError(f"the tokenizer has no control token {token!r}; train one with llmjax")
-            if self.encode(token) == [self._plain.token_to_id(token)]:
-                raise UserError(f"the tokenizer makes a control token of the plain text {token!r}; use a BPE")
         check_decoder(self._plain)
+        names = [self._plain.id_to_token(i) for i in sorted(self.control_ids)]
+        for name, *found in zip(names, self.encode_batch(names), self.encode_batch([f"x{name}x" for name in names])):
+            if any(self._plain.token_to_id(name) in ids for ids in found):
+                raise UserError(f"the tokenizer makes a control token of the plain text {name!r}; use a BPE")
 
     @classmethod
     def train(cls, texts: Iterable[str], cfg: TokenizerConfig) -> "Tokenizer":
@@ -198,7 +203,19 @@ class Tokenizer:
     @functools.cached_property
     def special_ids(self) -> frozenset[int]:
         """Ids of the control tokens."""
-        return frozenset(i for i, token in self._plain.get_added_tokens_decoder().items() if token.special)
+        return frozenset(i for i, token in self._template.get_added_tokens_decoder().items() if token.special)
+
+    @functools.cached_property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that no message may contain: the control tokens, and other added tokens that the chat template writes."""
+        unknown = getattr(self._plain.model, "unk_token", None)
+        added = self._plain.get_added_tokens_decoder().items()
+        return frozenset(i for i, token in added if token.special and token.content != unknown)
+
+    @functools.cached_property
+    def control_names(self) -> frozenset[str]:
+        """The texts of `control_ids`."""
+        return frozenset(self._plain.id_to_token(i) for i in self.control_ids)
 
     @property
     def template_variables(self) -> dict[str, str]:
@@ -248,6 +265,17 @@ class DecodeStream:
         self._decoder.reset()
         self._at_beginning = self._drops_first_space
         return rest
+
+
+def _with_template_tokens_special(serialized: str, chat_template: str) -> str:
+    """The same tokenizer, in which added tokens that the template writes are special even if the file does not say so."""
+    contents = json.loads(serialized)
+    written = [t for t in contents.get("added_tokens") or [] if t["content"].strip() and t["content"] in chat_template]
+    if all(token["special"] for token in written):
+        return serialized
+    for token in written:
+        token["special"] = True
+    return json.dumps(contents)
 
 
 def _encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> list[list[int]]:

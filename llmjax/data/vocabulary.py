@@ -46,7 +46,7 @@ def drops_first_space(tokenizer: tokenizers.Tokenizer) -> bool:
     if "ByteLevel" in _decoder_kinds(tokenizer):
         return False
     to_bytes = _by_decoder(tokenizer)
-    spaced = next((token for token in tokenizer.get_vocab() if to_bytes(token).startswith(b" ")), None)
+    spaced = next((token for token in tokenizer.get_vocab() if re.match(rb" (?! )", to_bytes(token))), None)
     return spaced is not None and not tokenizer.decoder.decode([spaced]).startswith(" ")
 
 

@@ -18,7 +18,7 @@ from safetensors.numpy import save_file
 from llmjax.errors import UserError
 from llmjax.files import read_json, whole_folder, write_json_atomic
 from llmjax.interop.hf_config import hf_config, model_config
-from llmjax.interop.hf_tensors import Leaf, Place, disk_shape, leaves, tensor_map
+from llmjax.interop.hf_tensors import Leaf, Place, disk_shape, is_copy, leaves, tensor_map
 from llmjax.models.config import ModelConfig
 from llmjax.models.spec import shardings
 from llmjax.models.transformer import Params, transformer_spec
@@ -50,7 +50,7 @@ def load_params(folder: str, cfg: ModelConfig, family: str, mesh: Mesh | None = 
     files = locate_tensors(folder, cfg, family)
     by_leaf: dict[Leaf, list[tuple[tuple[int, ...], str, int]]] = {leaf: [] for leaf in specs}
     for name, place in places.items():
-        for part, (leaf, index) in enumerate(place.parts):
+        for part, (leaf, index) in enumerate(() if is_copy(name) else place.parts):
             by_leaf[leaf].append((index, name, part))
 
     def load(leaf: Leaf, target) -> jax.Array:
@@ -103,7 +103,7 @@ def locate_tensors(folder: str, cfg: ModelConfig, family: str) -> dict[str, str]
             for name in list(archive.keys()):
                 found[name] = file, tuple(archive.get_slice(name).get_shape())
     for name in places:
-        if name not in found:
+        if name not in found and not is_copy(name):
             raise UserError(f"{folder}: tensor {name!r} is missing; config.json asks for it")
     for name, (file, shape) in found.items():
         if name in places:

@@ -129,6 +129,11 @@ def tensor_map(cfg: ModelConfig, family: str) -> dict[str, Place]:
     return out
 
 
+def is_copy(name: str) -> bool:
+    """Whether a tensor repeats the embedding or the head of the main model: written, and not read."""
+    return name.startswith("model.layers.") and name.endswith((".embed_tokens.weight", ".shared_head.head.weight"))
+
+
 def _one(leaf: Leaf, index: tuple[int, ...], form: Form) -> Place:
     return Place(((leaf, index),), form)
 

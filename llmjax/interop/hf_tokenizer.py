@@ -49,8 +49,8 @@ def read_tokenizer(folder: str) -> Tokenizer:
     try:
         tokenizer = Tokenizer(serialized, template, Controls(names["pad"] or eos, bos, eos))
         turn = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "hello"}]
-        last = [i for i, produced in zip(*encode_chat(tokenizer, turn)) if produced][-1]
-        end = tokenizer.decode([last])
+        ends = [i for i, produced in zip(*encode_chat(tokenizer, turn)) if produced and i in tokenizer.control_ids]
+        end = tokenizer.decode(ends[-1:]) or eos
         return Tokenizer(serialized, template, Controls(names["pad"] or eos, bos, end))
     except UserError as error:
         raise UserError(f"{folder}: {error}") from error

@@ -35,6 +35,7 @@ _ROOT = "base_model.model."
 _PLAIN = {
     "peft_type": ("LORA",), "bias": ("none", None), "use_dora": (False, None), "fan_in_fan_out": (False, None),
     "lora_bias": (False, None), "modules_to_save": (None, []), "trainable_token_indices": (None, []),
+    "init_lora_weights": (False, "gaussian", "orthogonal", None, True), "alora_invocation_tokens": ([], None),
 }  # fmt: skip
 """What an adapter may say, if it is to be nothing but low-rank updates of matrices."""
 _ALONE = Form(lambda x, shapes: (x,), lambda w: w)
@@ -90,7 +91,8 @@ class _Pair:
 
 def _matrices(cfg: ModelConfig, family: str) -> Iterator[_Pair]:
     for name, place in tensor_map(cfg, family).items():
-        if name.endswith(".weight") and place.parts[0][0].split(".")[-1] in ADAPTABLE:
+        leaf = place.parts[0][0]
+        if name.endswith(".weight") and leaf.split(".")[-1] in ADAPTABLE and not leaf.startswith("mtp."):
             module = name.removesuffix(".weight")
             yield _Pair(module, module, place.parts, place.form)
 

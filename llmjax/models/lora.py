@@ -39,6 +39,8 @@ class LoRAConfig:
     def validate(self) -> None:
         if self.rank < 1:
             raise UserError(f"rank={self.rank} must be positive")
+        if not 0 < self.alpha < math.inf:
+            raise UserError(f"alpha={self.alpha} must be positive and finite")
         for target in self.targets:
             if target.split(".")[-1] not in ADAPTABLE:
                 raise UserError(f"targets: {target!r} is no matrix that can be adapted; there is {', '.join(ADAPTABLE)}")

@@ -31,6 +31,8 @@ def upcycle(
     """
     if cfg.moe is not None:
         raise UserError("the model is sparse already; only a dense one can be upcycled")
+    if cfg.num_mtp_layers:
+        raise UserError("a model with modules for multi-token prediction cannot be upcycled; leave them out")
     if moe.mlp_dim != cfg.mlp_dim or moe.first_k_dense or moe.shared_mlp_dim or moe.expert_bias:
         raise UserError(f"an upcycled model has experts of the dense width alone: mlp_dim={cfg.mlp_dim} in every layer")
     if not moe.renormalize or moe.routed_scaling != 1.0:

@@ -19,6 +19,7 @@ from llmjax.errors import UserError
 from llmjax.files import read_json, write_text_atomic
 from llmjax.interop.hf_folder import locate_tensors, read_config
 from llmjax.interop.hf_tokenizer import read_tokenizer
+from llmjax.models.lora import lora_spec
 from llmjax.models.spec import shardings
 from llmjax.models.transformer import transformer_spec
 from llmjax.sharding import MeshConfig, make_mesh, use_mesh
@@ -88,6 +89,8 @@ def check(experiment: Experiment, workdir: str) -> None:
     # The vocabulary may not be known yet; this size divides, whatever the mesh.
     vocab_size = experiment.model.vocab_size or experiment.mesh.tensor
     shardings(transformer_spec(replace(experiment.model, vocab_size=vocab_size)), make_mesh(experiment.mesh))
+    if experiment.sft is not None and experiment.sft.lora is not None:
+        lora_spec(experiment.model, experiment.sft.lora)
     check_num_questions(experiment)
     _check_place(workdir)
     path = os.path.join(workdir, "config.json")

@@ -96,6 +96,13 @@ def test_pieces_that_meet_do_not_join_into_a_control_token(tokenizer):
     assert tokens.count(tokenizer.end_id) == 1
 
 
+@pytest.mark.parametrize("part", ["[1:-1]", ".splitlines()[1]", ".split('#')[1]"])
+def test_a_template_that_takes_apart_a_message_with_a_control_token_is_refused(tokenizer, part):
+    template = "{% for m in messages %}<|user|>{{ m.content" + part + " }}<|end|>{% endfor %}"
+    with pytest.raises(UserError, match="chat template"):
+        encode_chat(with_template(tokenizer, template), [{"role": "user", "content": "#\nx<|end|>y\n#"}])
+
+
 @pytest.mark.parametrize(
     ("messages", "error"),
     [

@@ -90,7 +90,7 @@ def test_a_tokenizer_in_which_control_tokens_can_be_typed_is_refused():
     model = tokenizers.Tokenizer(models.Unigram([("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("a", -3.0)], 0, False))
     model.decoder = decoders.Metaspace()
     model.add_special_tokens(["<s>", "</s>"])
-    with pytest.raises(UserError, match="makes a control token of the plain text '</s>'"):
+    with pytest.raises(UserError, match="makes a control token of the plain text '<s>'"):
         Tokenizer(model.to_str(), "", Controls("</s>", "</s>", "</s>"))
 
 
