@@ -4,10 +4,10 @@ FFN(x) = act(x gate, x up) down, where act is one of `layers.activation`; x may 
 
 Two forms of one function, tested equal to `expert_ffn_loop`:
 
-* blocks: tokens are sorted by expert, and each expert walks over its rows in blocks of decreasing size inside while
-  loops, so the work is that of the chosen experts and no more, with static shapes; few experts with few rows each begin
-  with one block outside of the loops (`first`). A custom VJP keeps both directions free of scatters. This is the form for
-  CPU, where `lax.ragged_dot` is a masked product over all experts.
+* blocks: each expert's first rows (`lead`, about its even share) go through batched products of all experts at once, which
+  read weights and write gradients in place; the rows behind them, few unless the load is skewed, follow in loops over
+  blocks of static sizes. A custom VJP gathers in both directions. This is the form for CPU, where `lax.ragged_dot` is a
+  masked product over all experts, and for GPU, where jax 0.10 makes it one too.
 * ragged: `lax.ragged_dot`, native on TPU.
 
 An expert id equal to the number of experts marks a row that no local expert serves (padding, or an expert that lives on
@@ -16,18 +16,19 @@ another device); it contributes nothing.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from functools import partial
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
 from llmjax.models.layers import activation
 from llmjax.typing import Array, Float, Int
 
 Activation = Callable[[Array, Array], Array]
 _silu = activation("silu", 0.0)
-MAX_UNROLLED = 16  # experts that may have a block of their own in the compiled program
 
 
 def expert_ffn(
@@ -38,15 +39,19 @@ def expert_ffn(
     up_EDF: Float[Array, "E D F"],
     down_EFD: Float[Array, "E F D"],
     act: Activation = _silu,
+    expected_rows: int | None = None,
 ) -> Float[Array, "T D"]:
-    """Gated experts applied to their tokens and summed with their gate weights; dropless, in the backend's best form."""
+    """Gated experts applied to their tokens and summed with their gate weights; dropless, in the backend's best form.
+
+    expected_rows: how many of the T * C choices may be expected to be served here, for the best form only; default all.
+    """
     num_experts = gate_EDF.shape[0]
     weights_TC = weights_TC.astype(x_TD.dtype)
     experts = tuple(w.astype(x_TD.dtype) for w in (gate_EDF, up_EDF, down_EFD))
     if jax.default_backend() == "tpu":
         return expert_ffn_ragged(x_TD, expert_ids_TC, weights_TC, *experts, act)
-    sizes, first = block_sizes(expert_ids_TC.size // num_experts, num_experts)
-    return expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, *experts, sizes, first, act)
+    form = block_form(expected_rows or expert_ids_TC.size, num_experts)
+    return expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, *experts, *form, act)
 
 
 def expert_ffn_loop(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, act=_silu):
@@ -93,13 +98,13 @@ def expert_ffn_slots(
     return jnp.zeros((b, t, y_BESD.shape[-1]), dtype).at[row, tokens_BES].add(y_BESD, mode="drop")
 
 
-def block_sizes(rows_per_expert: int, num_experts: int) -> tuple[tuple[int, ...], int]:
-    """`sizes`, largest first, and `first` of `expert_ffn_blocks` for the mean number of rows of an expert."""
-    if num_experts <= MAX_UNROLLED and 64 <= rows_per_expert <= 2048:
-        return (64,), rows_per_expert - rows_per_expert % 32
-    if rows_per_expert >= 512:
-        return (512, 64), 0
-    return ((512, 128, 32) if rows_per_expert >= 64 else (64, 16, 4)), 0
+def block_form(num_rows: int, num_experts: int) -> tuple[int, tuple[int, ...]]:
+    """`lead` and `sizes` of `expert_ffn_blocks` for so many rows, over all experts; by measurement on CPU."""
+    mean = num_rows / num_experts
+    if mean < 8:  # as in decoding: most experts have nothing to do, and their weights should not even be read
+        return 0, (64, 16, 4)
+    share = 1.0625 if mean >= 512 else 1.125
+    return 8 * math.ceil(share * mean / 8), (128, 32)
 
 
 def _sort_by_expert(expert_ids_TC: Array, num_experts: int) -> tuple[Array, Array, Array]:
@@ -111,152 +116,131 @@ def _sort_by_expert(expert_ids_TC: Array, num_experts: int) -> tuple[Array, Arra
     return order, inverse, counts_E
 
 
-def expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first=0, act=_silu):
-    """The same by blocks of `sizes` rows (static, decreasing); shapes as in `expert_ffn`.
+@struct.dataclass
+class Plan:
+    """Where the choices of all tokens go. A choice is named by its flat index in [T * C]; T * C stands for none.
 
-    With `first`, every expert begins with one block of `first` rows outside of all loops, needed or not: XLA runs these
-    side by side on the cores of a CPU, but what stands in a while loop one after the other.
+    order [T * C]: choices sorted by expert, stable; starts, ends [E]: each expert's part of it. leading [E, S]: the first S
+    of each part; place [T, C]: a choice's row among E * S leading ones, beyond them if it is not one.
     """
-    weights_TC = jnp.where(expert_ids_TC < gate_EDF.shape[0], weights_TC, 0)  # an overhanging block writes their rows
-    return _blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first, act)
+
+    order: Array
+    starts: Array
+    ends: Array
+    leading: Array
+    place: Array
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
-def _blocks(x_TD, expert_ids_TC, weights_TC, *experts_and_form):
-    return _blocks_forward(x_TD, expert_ids_TC, weights_TC, *experts_and_form, save=False)[0]
-
-
-def _lead(num_rows: int, num_experts: int, sizes: tuple[int, ...]) -> int:
-    """Rows of the block with which every expert begins: its even share."""
-    return max(sizes[-1], num_rows // num_experts)
-
-
-def _rows(x, pos, size):
-    return jax.lax.dynamic_slice_in_dim(x, pos, size, axis=0)
-
-
-def _put_rows(x, rows, pos, end):
-    """Writes `rows` at `pos`, those before `end` only; end=None: all, what comes later puts the rest right."""
-    if end is not None:
-        size = rows.shape[0]
-        rows = jnp.where((pos + jnp.arange(size) < end)[:, None], rows, _rows(x, pos, size))
-    return jax.lax.dynamic_update_slice_in_dim(x, rows, pos, axis=0)
-
-
-def _walk(start, end, sizes, block, carry):
-    """Calls carry = block(size, pos, carry) over rows start..end: as many large blocks as fit, then smaller ones.
-
-    The last block may reach beyond `end`.
-    """
-    state = (start, carry)
-    for size in sizes:
-        need = 1 if size == sizes[-1] else size
-
-        def more(state, need=need):
-            return end - state[0] >= need
-
-        def step(state, size=size):
-            return state[0] + size, block(size, *state)
-
-        state = jax.lax.while_loop(more, step, state)
-    return state[1]
-
-
-def _blocks_forward(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first, act, save):
-    num_experts, f, d = down_EFD.shape
-    choices = expert_ids_TC.shape[1]
+def _plan(expert_ids_TC: Array, num_experts: int, lead: int) -> Plan:
     order, inverse, counts_E = _sort_by_expert(expert_ids_TC, num_experts)
     ends_E = jnp.cumsum(counts_E)
     starts_E = ends_E - counts_E
-    lead = first or _lead(order.size, num_experts, sizes)
-    rows = order.size + max(lead, sizes[0])  # the last block of the last expert may overhang
-    x = jnp.zeros((rows, x_TD.shape[1]), x_TD.dtype).at[: order.size].set(x_TD[order // choices])
-    y = jnp.zeros((rows, d), x_TD.dtype)
-    hidden = tuple(jnp.zeros((rows, f), x_TD.dtype) for _ in range(2)) if save else ()
-
-    def block_of(e, end):
-        gate, up, down = gate_EDF[e], up_EDF[e], down_EFD[e]
-
-        def block(size, pos, carry):
-            y, hidden = carry
-            x_block = _rows(x, pos, size)
-            g, u = x_block @ gate, x_block @ up
-            y = _put_rows(y, act(g, u) @ down, pos, end)
-            return y, tuple(_put_rows(buffer, rows, pos, end) for buffer, rows in zip(hidden, (g, u)))
-
-        return block
-
-    def rest(e, carry):
-        return _walk(starts_E[e] + first, ends_E[e], sizes, block_of(e, ends_E[e] if first else None), carry)
-
-    carry = (y, hidden)
-    for e in range(num_experts if first else 0):
-        carry = block_of(e, None)(first, starts_E[e], carry)
-    y, hidden = jax.lax.fori_loop(0, num_experts, rest, carry)
-    y_TCD = y[inverse].reshape(*expert_ids_TC.shape, d)
-    saved = (x, y, hidden, order, inverse, starts_E, ends_E)
-    return jnp.sum(y_TCD * weights_TC[..., None], axis=1), saved
+    leading_ES = _choices_at(order, starts_E[:, None] + jnp.arange(lead), ends_E[:, None])
+    rank = inverse - jnp.append(starts_E, 0)[expert_ids_TC.reshape(-1)]
+    is_leading = (rank < lead) & (expert_ids_TC.reshape(-1) < num_experts)
+    place = jnp.where(is_leading, expert_ids_TC.reshape(-1) * lead + rank, num_experts * lead)
+    return Plan(order, starts_E, ends_E, leading_ES, place.reshape(expert_ids_TC.shape))
 
 
-def _blocks_fwd(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, sizes, first, act):
-    experts = gate_EDF, up_EDF, down_EFD
-    y_TD, saved = _blocks_forward(x_TD, expert_ids_TC, weights_TC, *experts, sizes, first, act, save=True)
-    return y_TD, (saved, weights_TC, gate_EDF, up_EDF, down_EFD)
+def _choices_at(order: Array, where: Array, end: Array) -> Array:
+    """The choices at these places of the sorted list, none from `end` on."""
+    return jnp.where(where < end, order.at[where].get(mode="clip"), order.size)
 
 
-def _blocks_bwd(sizes, first, act, residuals, dy_TD):
-    (x, y, (g_rows, u_rows), order, inverse, starts_E, ends_E), weights_TC, *experts = residuals
-    gate_EDF, up_EDF, down_EFD = experts
-    num_experts = gate_EDF.shape[0]
-    t, choices = weights_TC.shape
-    dweights_TC = jnp.einsum("td,tcd->tc", dy_TD, y[inverse].reshape(t, choices, -1))
-    dy = jnp.zeros_like(y).at[: order.size].set(dy_TD[order // choices] * weights_TC.reshape(-1)[order][:, None])
+def _take(x: Array, rows: Array) -> Array:
+    """Rows of x; zeros for those that do not exist."""
+    return x.at[rows].get(mode="fill", fill_value=0)
 
-    def products_of(e, end):
-        gate, up, down = gate_EDF[e], up_EDF[e], down_EFD[e]
 
-        def products(size, pos, dx):
-            """dx with the block's rows, and what the block adds to the gradients of the expert."""
-            own = (pos + jnp.arange(size) < ends_E[e])[:, None]
-            dy_block = jnp.where(own, _rows(dy, pos, size), 0)
-            x_block, g, u = (_rows(buffer, pos, size) for buffer in (x, g_rows, u_rows))
-            hidden, act_vjp = jax.vjp(act, g, u)
-            dg, du = act_vjp(dy_block @ down.T)
-            dx = _put_rows(dx, dg @ gate.T + du @ up.T, pos, end)
-            return dx, (x_block.T @ dg, x_block.T @ du, hidden.T @ dy_block)
+def _by_choice(x_ESD: Array, plan: Plan) -> list[Array]:
+    """[T, D] for each choice: its leading row, zeros if it has none. XLA:CPU fuses the sum of such gathers."""
+    rows = x_ESD.reshape(-1, x_ESD.shape[-1])
+    return [_take(rows, place_T) for place_T in plan.place.T]
 
-        def accumulate(size, pos, carry):
-            dx, *grads = carry
-            dx, more = products(size, pos, dx)
-            return dx, *(grad + new for grad, new in zip(grads, more))
 
-        return products, accumulate
+def _for_each_block(plan: Plan, lead: int, sizes: tuple[int, ...], body, carry):
+    """carry = body(expert, choices [size], carry) over all that is behind the leading rows, in blocks of `sizes`."""
+    begin_E = jnp.minimum(plan.starts + lead, plan.ends)
+    for size in sizes:
+        left_E = plan.ends - begin_E
+        blocks_E = left_E // size if size != sizes[-1] else -(-left_E // size)
+        until_E = jnp.cumsum(blocks_E)
 
-    # Every expert begins with a block whose products are its gradients, so that no sum starts from zeros in memory.
-    dx, lead = jnp.zeros_like(x), first or _lead(order.size, num_experts, sizes)
-    if first:
-        grads = []
-        for e in range(num_experts):
-            products, _ = products_of(e, None)
-            dx, own = products(first, starts_E[e], dx)
-            grads.append(own)
-        dexperts = tuple(jnp.stack(one) for one in zip(*grads))
+        def step(n, carry, size=size, begin_E=begin_E, blocks_E=blocks_E, until_E=until_E):
+            e = jnp.searchsorted(until_E, n, side="right")
+            where = begin_E[e] + (n - until_E[e] + blocks_E[e]) * size + jnp.arange(size)
+            return body(e, _choices_at(plan.order, where, plan.ends[e]), carry)
+
+        carry = jax.lax.fori_loop(0, until_E[-1], step, carry)
+        begin_E = begin_E + blocks_E * size
+    return carry
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, lead, sizes, act=_silu):
+    """The same by batched products of the first `lead` rows of all experts and loops over the rest in blocks of `sizes` rows
+    (static, decreasing); other shapes as in `expert_ffn`."""
+    return _blocks_fwd(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, lead, sizes, act)[0]
+
+
+def _blocks_fwd(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, lead, sizes, act):
+    choices = expert_ids_TC.shape[1]
+    plan = _plan(expert_ids_TC, gate_EDF.shape[0], lead)
+    y_TD, saved = jnp.zeros((x_TD.shape[0], down_EFD.shape[2]), x_TD.dtype), None
+    if lead:
+        x_ESD = _take(x_TD, plan.leading // choices)
+        g_ESF, u_ESF = jnp.matmul(x_ESD, gate_EDF), jnp.matmul(x_ESD, up_EDF)
+        y_ESD = jnp.matmul(act(g_ESF, u_ESF), down_EFD)
+        saved = g_ESF, u_ESF, y_ESD
+        y_TD = sum(y_TD * weight_T[:, None] for y_TD, weight_T in zip(_by_choice(y_ESD, plan), weights_TC.T))
+
+    def block(e, chosen, y_TD):
+        tokens, weight = chosen // choices, _take(weights_TC.reshape(-1), chosen)
+        x = _take(x_TD, tokens)
+        y = act(x @ gate_EDF[e], x @ up_EDF[e]) @ down_EFD[e]
+        return y_TD.at[tokens].add(y * weight[:, None], mode="drop")
+
+    y_TD = _for_each_block(plan, lead, sizes, block, y_TD)
+    return y_TD, (x_TD, weights_TC, gate_EDF, up_EDF, down_EFD, plan, saved)
+
+
+def _blocks_bwd(lead, sizes, act, residuals, dy_TD):
+    x_TD, weights_TC, gate_EDF, up_EDF, down_EFD, plan, saved = residuals
+    choices, experts = weights_TC.shape[1], (gate_EDF, up_EDF, down_EFD)
+    flat_weights = weights_TC.reshape(-1)
+    dweights = jnp.zeros_like(flat_weights)
+    if lead:
+        g_ESF, u_ESF, y_ESD = saved
+        x_ESD, dy_ESD = (_take(a, plan.leading // choices) for a in (x_TD, dy_TD))
+        dweights = jnp.stack([jnp.sum(dy_TD * y_TD, axis=-1) for y_TD in _by_choice(y_ESD, plan)], axis=1).reshape(-1)
+        dy_ESD = dy_ESD * _take(flat_weights, plan.leading)[..., None]
+        hidden_ESF, act_vjp = jax.vjp(act, g_ESF, u_ESF)
+        dg_ESF, du_ESF = act_vjp(jnp.einsum("esd,efd->esf", dy_ESD, down_EFD))
+        dx_ESD = jnp.einsum("esf,edf->esd", dg_ESF, gate_EDF) + jnp.einsum("esf,edf->esd", du_ESF, up_EDF)
+        dx_TD = sum(_by_choice(dx_ESD, plan))
+        pairs = (x_ESD, dg_ESF), (x_ESD, du_ESF), (hidden_ESF, dy_ESD)
+        dexperts = [jnp.einsum("esa,esb->eab", a, b) for a, b in pairs]
     else:
-        dexperts = tuple(jnp.zeros_like(w) for w in experts)
+        dx_TD, dexperts = jnp.zeros_like(x_TD), [jnp.zeros_like(w) for w in experts]
 
-    def rest(e, carry):
-        dx, *stacked = carry
-        products, accumulate = products_of(e, ends_E[e] if first else None)
-        if first:
-            own = tuple(all_[e] for all_ in stacked)
-        else:
-            dx, own = products(lead, starts_E[e], dx)
-        dx, *grads = _walk(starts_E[e] + lead, ends_E[e], sizes, accumulate, (dx, *own))
-        return dx, *(jax.lax.dynamic_update_index_in_dim(all_, one, e, 0) for all_, one in zip(stacked, grads))
+    def block(e, chosen, carry):
+        dx_TD, dweights, *dexperts = carry
+        gate, up, down = (w[e] for w in experts)
+        tokens = chosen // choices
+        x, dy = _take(x_TD, tokens), _take(dy_TD, tokens)
+        hidden, act_vjp = jax.vjp(act, x @ gate, x @ up)
+        dhidden = dy @ down.T
+        dweight = jnp.sum(hidden * dhidden, axis=-1)
+        weight = _take(flat_weights, chosen)[:, None]
+        dg, du = act_vjp(dhidden * weight)
+        dy = dy * weight
+        dx_TD = dx_TD.at[tokens].add(dg @ gate.T + du @ up.T, mode="drop")
+        more = x.T @ dg, x.T @ du, hidden.T @ dy
+        dexperts = [jax.lax.dynamic_update_index_in_dim(all_, all_[e] + one, e, 0) for all_, one in zip(dexperts, more)]
+        return dx_TD, dweights.at[chosen].set(dweight, mode="drop"), *dexperts
 
-    dx, *dexperts = jax.lax.fori_loop(0, num_experts, rest, (dx, *dexperts))
-    dx_TD = jnp.sum(dx[inverse].reshape(t, choices, -1), axis=1)
-    return dx_TD, None, dweights_TC, *dexperts
+    dx_TD, dweights, *dexperts = _for_each_block(plan, lead, sizes, block, (dx_TD, dweights, *dexperts))
+    return dx_TD, None, dweights.reshape(weights_TC.shape), *dexperts
 
 
-_blocks.defvjp(_blocks_fwd, _blocks_bwd)
+expert_ffn_blocks.defvjp(_blocks_fwd, _blocks_bwd)

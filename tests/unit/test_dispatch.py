@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import tiny
 
-from llmjax.models.dispatch import block_sizes, expert_ffn, expert_ffn_blocks, expert_ffn_loop, expert_ffn_ragged
+from llmjax.models.dispatch import block_form, expert_ffn, expert_ffn_blocks, expert_ffn_loop, expert_ffn_ragged
 
 T, D, F = 24, 6, 10
 
@@ -48,11 +48,11 @@ def value_and_grads(form):
     return jax.grad(loss, argnums=(0, 1, 2, 3, 4), has_aux=True)
 
 
-def blocks(*sizes, first=0):
-    """Blocks of these sizes, weighing choices that go nowhere as `expert_ffn` does."""
+def blocks(lead, *sizes):
+    """The first `lead` rows of every expert at once, the rest in blocks of these sizes."""
 
     def form(x, ids, weights, gate, up, down):
-        return expert_ffn_blocks(x, ids, jnp.where(ids < gate.shape[0], weights, 0), gate, up, down, sizes, first)
+        return expert_ffn_blocks(x, ids, weights, gate, up, down, lead, sizes)
 
     return form
 
@@ -93,24 +93,24 @@ def test_many_experts_for_few_tokens(choices):
     assert_equal_to_the_loop([expert_ffn, expert_ffn_ragged], 64, choices, names)
 
 
-@pytest.mark.parametrize("sizes", [(1,), (3,), (512,), (5, 2), (64, 16, 4), (512, 128, 32), (512, 64)])
+@pytest.mark.parametrize("sizes", [(1,), (3,), (512,), (5, 2), (64, 16, 4), (512, 128, 32)])
 def test_blocks_of_any_sizes_equal_the_loop(sizes):
-    assert_equal_to_the_loop([blocks(*sizes)], 8, 2)
+    assert_equal_to_the_loop([blocks(0, *sizes)], 8, 2)
 
 
-@pytest.mark.parametrize("first", [1, 4, 6, 7, 100])
-def test_a_first_block_for_every_expert_changes_nothing(first):
-    assert_equal_to_the_loop([blocks(5, 2, first=first), blocks(64, first=first)], 8, 2)
+@pytest.mark.parametrize("lead", [1, 4, 6, 7, 100])
+def test_any_number_of_leading_rows_equals_the_loop(lead):
+    assert_equal_to_the_loop([blocks(lead, 5, 2), blocks(lead, 64)], 8, 2)
 
 
 def test_blocks_without_gradients_give_the_same_values():
     x, weights, *experts, _ = inputs(8, 2)
     ids = jnp.asarray(routings(8, 2)["uneven"], jnp.int32)
     expected = expert_ffn_loop(x, ids, weights, *experts)
-    np.testing.assert_allclose(tiny.jit(blocks(16, 4))(x, ids, weights, *experts), expected, atol=2e-5)
+    np.testing.assert_allclose(tiny.jit(blocks(4, 16, 4))(x, ids, weights, *experts), expected, atol=2e-5)
 
 
-@pytest.mark.parametrize("form", [expert_ffn, expert_ffn_ragged, lambda *args: expert_ffn_blocks(*args, (16, 4))])
+@pytest.mark.parametrize("form", [expert_ffn, expert_ffn_ragged])
 def test_a_choice_that_goes_nowhere_contributes_nothing_whatever_its_weight(form):
     assert_equal_to_the_loop([form], 8, 2, ("some nowhere", "single choices nowhere", "all nowhere"))
 
@@ -123,8 +123,9 @@ def test_an_expert_that_serves_nobody_gets_no_gradient():
         assert np.all(grad[4:] == 0) and np.all(np.any(grad[:4] != 0, axis=(1, 2)))
 
 
-def test_default_block_sizes_decrease():
-    for rows in (0, 1, 63, 64, 511, 512, 1023, 1024, 100_000):
-        for num_experts in (1, 16, 17):
-            sizes, first = block_sizes(rows, num_experts)
-            assert list(sizes) == sorted(set(sizes), reverse=True) and sizes[-1] >= 1 and 0 <= first <= rows
+def test_default_forms_cover_an_even_load_and_nothing_for_few_rows():
+    for rows in (0, 1, 63, 64, 512, 1023, 1024, 100_000):
+        for num_experts in (1, 8, 64):
+            lead, sizes = block_form(rows, num_experts)
+            assert list(sizes) == sorted(set(sizes), reverse=True) and sizes[-1] >= 1
+            assert lead == 0 if rows < 8 * num_experts else 1 <= lead * num_experts / rows <= 3
