@@ -30,7 +30,8 @@ def gathered_experts(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *b
             jnp.concatenate([w, bias[:, None, :]], axis=1) for w, bias in ((gate_EDF, gate_bias), (up_EDF, up_bias))
         )
         x_TD = jnp.concatenate([x_TD, jnp.ones_like(x_TD[:, :1])], axis=1)
-    y_TD = expert_ffn(x_TD, ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, act)
+    expected = ids_TC.size // sharding.axis_size("expert")
+    y_TD = expert_ffn(x_TD, ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, act, expected)
     if biases:
         chosen_TE = jnp.sum(jnp.where(ids_TC[..., None] == jnp.arange(experts_here), weights_TC[..., None], 0), axis=1)
         y_TD = y_TD + (chosen_TE @ (down_bias / sharding.axis_size("tensor"))).astype(y_TD.dtype)
@@ -72,7 +73,7 @@ def exchanged_experts(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *
     ids_PR = jnp.where(used, flat[sent] % here, here)
     x_PRD, ids_PR = (_all_to_all(a) for a in (x_PRD, ids_PR))
     ones = jnp.ones((shards * room, 1), weights_BTC.dtype)
-    y_MD = expert_ffn(x_PRD.reshape(-1, d), ids_PR.reshape(-1, 1), ones, gate_EDF, up_EDF, down_EFD, act)
+    y_MD = expert_ffn(x_PRD.reshape(-1, d), ids_PR.reshape(-1, 1), ones, gate_EDF, up_EDF, down_EFD, act, rows * choices)
     y_PRD = _all_to_all(_add_tensor_parts(y_MD).reshape(shards, room, d))
     at = jnp.minimum(owner, shards - 1) * room + jnp.minimum(place, room - 1)
     y_MCD = jnp.where(fits[:, None], y_PRD.reshape(-1, d)[at], 0).reshape(rows, choices, d)

@@ -237,14 +237,20 @@ def updated_selection_bias(bias_LE: Array, load_LE: Array, cfg: MoEConfig) -> Ar
 
 
 def router_metrics(stats: RouterStats) -> dict[str, Array]:
-    """Scalars, and the load of each expert [L, E], for the metrics; `stats` stacked over layers [L, ...]."""
-    return {
-        "moe/load_balance": jnp.mean(stats.load_balance),
-        "moe/z_loss": jnp.mean(stats.z_loss),
-        "moe/entropy": jnp.mean(stats.entropy),
-        "moe/logit_norm": jnp.mean(stats.logit_norm),
-        "moe/dropped": jnp.mean(stats.dropped),
-        "moe/max_load": jnp.max(stats.load) * stats.load.shape[-1],
-        "moe/dead_experts": jnp.sum(stats.load == 0).astype(jnp.float32),
-        "moe/load": stats.load,
+    """For the metrics: scalars over all layers, the same by layer [L] ("moe/layer/..."), and the load of each expert [L, E].
+
+    `stats` stacked over layers [L, ...]. max_load: load of the busiest expert as a multiple of the uniform load;
+    dead_experts: how many got no token; the rest as in `RouterStats`.
+    """
+    by_layer = {
+        "load_balance": stats.load_balance,
+        "z_loss": stats.z_loss,
+        "entropy": stats.entropy,
+        "logit_norm": stats.logit_norm,
+        "dropped": stats.dropped,
+        "max_load": jnp.max(stats.load, axis=-1) * stats.load.shape[-1],
+        "dead_experts": jnp.sum(stats.load == 0, axis=-1).astype(jnp.float32),
     }
+    over_all = {"max_load": jnp.max, "dead_experts": jnp.sum}
+    scalars = {f"moe/{name}": over_all.get(name, jnp.mean)(values) for name, values in by_layer.items()}
+    return scalars | {f"moe/layer/{name}": values for name, values in by_layer.items()} | {"moe/load": stats.load}

@@ -161,6 +161,9 @@ def test_router_loss_and_metrics_are_of_all_layers():
     metrics = router_metrics(stacked)
     np.testing.assert_allclose(metrics["moe/max_load"], E * max(one.load.max(), two.load.max()), rtol=1e-6)
     np.testing.assert_allclose(metrics["moe/load"][1, 2], two.load[2])
+    for name in ("load_balance", "z_loss", "entropy", "logit_norm", "dropped"):
+        np.testing.assert_allclose(metrics[f"moe/layer/{name}"], [getattr(one, name), getattr(two, name)], rtol=1e-6)
+    np.testing.assert_allclose(metrics["moe/layer/max_load"], [E * one.load.max(), E * two.load.max()], rtol=1e-6)
     dead = stats_of(np.broadcast_to([3.0, 2.0, 1.0, 0.0], (1, 2, 4)))
     assert router_metrics(jax.tree.map(lambda leaf: leaf[None], dead))["moe/dead_experts"] == 2
 
