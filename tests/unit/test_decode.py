@@ -48,7 +48,7 @@ def full_logits(params, cfg, generation):
 
 
 @both
-def test_every_cached_step_equals_the_full_forward_pass(cfg):
+def test_invariant_12_every_cached_step_equals_the_full_forward_pass(cfg):
     params, (tokens, segments) = tiny.language_model(cfg), prompts(cfg)
     text = tiny.tokens(cfg, len(LENGTHS), 5, seed=7)
     state = tiny.jit(partial(prefill, cfg=cfg, size=PROMPT + 5))(params, jnp.asarray(tokens), jnp.asarray(segments))

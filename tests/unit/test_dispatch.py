@@ -83,12 +83,12 @@ def assert_equal_to_the_loop(forms, num_experts: int, choices: int, names=None):
 
 
 @pytest.mark.parametrize("num_experts, choices", [(1, 1), (2, 1), (2, 2), (8, 1), (8, 2), (8, 8)])
-def test_the_form_of_this_backend_and_ragged_equal_the_loop(num_experts, choices):
+def test_invariant_10_the_form_of_this_backend_and_ragged_equal_the_loop(num_experts, choices):
     assert_equal_to_the_loop([expert_ffn, expert_ffn_ragged], num_experts, choices)
 
 
 @pytest.mark.parametrize("choices", [1, 2, 8])
-def test_many_experts_for_few_tokens(choices):
+def test_invariant_10_many_experts_for_few_tokens(choices):
     names = ("distinct", "all to the last", "single choices nowhere")
     assert_equal_to_the_loop([expert_ffn, expert_ffn_ragged], 64, choices, names)
 
@@ -111,7 +111,7 @@ def test_blocks_without_gradients_give_the_same_values():
 
 
 @pytest.mark.parametrize("form", [expert_ffn, expert_ffn_ragged])
-def test_a_choice_that_goes_nowhere_contributes_nothing_whatever_its_weight(form):
+def test_invariant_10_a_choice_that_goes_nowhere_contributes_nothing_whatever_its_weight(form):
     assert_equal_to_the_loop([form], 8, 2, ("some nowhere", "single choices nowhere", "all nowhere"))
 
 

@@ -83,7 +83,7 @@ def test_impossible_routings_are_refused(fields, words):
 
 
 @pytest.mark.parametrize("top_k", [1, 2, 4])
-def test_load_balance_is_one_when_tokens_and_probabilities_are_spread_evenly(top_k):
+def test_invariant_16_load_balance_is_one_when_tokens_and_probabilities_are_spread_evenly(top_k):
     base = 3.0 * (np.arange(E) < top_k)
     logits = np.stack([np.roll(base, shift) for shift in range(E)])[None]
     stats = stats_of(logits, top_k)
@@ -91,7 +91,7 @@ def test_load_balance_is_one_when_tokens_and_probabilities_are_spread_evenly(top
     np.testing.assert_allclose(stats.load_balance, 1.0, rtol=1e-6)
 
 
-def test_load_balance_is_the_number_of_experts_at_collapse():
+def test_invariant_16_load_balance_is_the_number_of_experts_at_collapse():
     logits = np.full((2, 3, E), -50.0)
     logits[..., 1] = 50.0
     stats = stats_of(logits, top_k=1)
@@ -112,7 +112,7 @@ def test_load_balance_is_experts_times_sum_of_fraction_times_probability():
     np.testing.assert_allclose(stats.logit_norm, np.sqrt(np.mean(logits**2)), rtol=1e-5)
 
 
-def test_load_balance_is_differentiated_through_the_probabilities_only():
+def test_invariant_16_load_balance_is_differentiated_through_the_probabilities_only():
     logits = jnp.asarray(activations()[..., :E])
     fraction = stats_of(logits).load
 
@@ -124,14 +124,14 @@ def test_load_balance_is_differentiated_through_the_probabilities_only():
     np.testing.assert_allclose(jax.jit(jax.grad(lambda x: stats_of(x).load_balance))(logits), expected, atol=1e-8)
 
 
-def test_z_loss():
+def test_invariant_17_z_loss():
     np.testing.assert_allclose(stats_of(np.zeros((1, 3, E))).z_loss, np.log(E) ** 2, rtol=1e-6)
     logits = activations()[..., :E]
     expected = np.mean(np.log(np.sum(np.exp(logits), axis=-1)) ** 2)
     np.testing.assert_allclose(stats_of(logits).z_loss, expected, rtol=1e-5)
 
 
-def test_padding_changes_no_statistic():
+def test_invariant_13_padding_changes_no_statistic():
     logits = activations(2, 6)[..., :E]
     valid = np.array([[True] * 4 + [False] * 2] * 2)
     padded = logits + 100.0 * ~valid[..., None] * np.arange(E)
@@ -140,7 +140,7 @@ def test_padding_changes_no_statistic():
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(empty))
 
 
-def test_padding_changes_no_statistic_of_the_model():
+def test_invariant_13_padding_changes_no_statistic_of_the_model():
     params, text = tiny.language_model(tiny.SPARSE), tiny.tokens(tiny.SPARSE, 2, 6)
     _, _, alone = tiny.apply(params, text, cfg=tiny.SPARSE)
     segments = jnp.asarray([[1] * 6 + [0] * 6] * 2)
@@ -152,7 +152,7 @@ def test_padding_changes_no_statistic_of_the_model():
     tiny.assert_trees_close(padded.replace(routes=None), alone.replace(routes=None), 1e-5)
 
 
-def test_router_loss_and_metrics_are_of_all_layers():
+def test_invariant_21_router_loss_and_metrics_are_of_all_layers():
     one, two = stats_of(activations(seed=1)[..., :E]), stats_of(activations(seed=2)[..., :E])
     stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), one, two)
     cfg = MoEConfig(num_experts=E, load_balance_coef=0.3, z_loss_coef=0.07)
@@ -185,7 +185,7 @@ def test_the_layer_is_the_weighted_sum_of_the_chosen_experts():
         np.testing.assert_allclose(y[row, place], expected, atol=1e-5)
 
 
-def test_padding_reaches_no_expert():
+def test_invariant_13_padding_reaches_no_expert():
     x = activations()
     segments = np.array([[1, 1, 1, 0, 0]] * 3, np.int32)
     y, _ = layer(layer_weights(), x, segments, cfg=tiny.SPARSE)
@@ -202,7 +202,7 @@ def test_padding_reaches_no_expert():
     assert np.all(clean[1][1][:, 3:] == 0)
 
 
-def test_permuting_tokens_permutes_outputs():
+def test_invariant_08_permuting_tokens_permutes_outputs():
     w, x = layer_weights(), activations()
     ones = jnp.ones(x.shape[:2], jnp.int32)
     flat = x.reshape(-1, x.shape[-1])
@@ -214,7 +214,7 @@ def test_permuting_tokens_permutes_outputs():
     tiny.assert_trees_close(*({name: getattr(s, name) for name in close} for s in (permuted_stats, stats)), 1e-5)
 
 
-def test_a_row_does_not_depend_on_its_neighbours():
+def test_invariant_12_a_row_does_not_depend_on_its_neighbours():
     w, x = layer_weights(), activations()
     ones = jnp.ones(x.shape[:2], jnp.int32)
     y, _ = layer(w, x, ones, cfg=tiny.SPARSE)
@@ -233,7 +233,7 @@ def test_one_expert_with_one_choice_is_the_dense_model():
     np.testing.assert_allclose(tiny.logits(sparse, text, cfg), tiny.logits(dense, text, tiny.DENSE), atol=1e-5)
 
 
-def test_equal_experts_are_the_dense_model():
+def test_invariant_09_equal_experts_are_the_dense_model():
     cfg = dataclasses.replace(tiny.DENSE, moe=MoEConfig(num_experts=4, top_k=2, mlp_dim=tiny.DENSE.mlp_dim))
     dense, text = tiny.language_model(tiny.DENSE), tiny.tokens(tiny.DENSE, 2, 6)
     copies = jax.tree.map(lambda leaf: jnp.repeat(leaf[:, None], 4, axis=1), dense.blocks.mlp)

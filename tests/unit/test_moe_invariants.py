@@ -1,8 +1,17 @@
-"""What must hold for every sparse layer, one test each; dispatch forms and meshes have their own files beside this one."""
+"""What must hold for every sparse layer. The 29 invariants carry their numbers in the names of their tests, here and in the
+files beside this one (dispatch forms, meshes, published models); the last test here sees that none is missing.
+
+Routing: 1 sum of the weights; 2 order of softmax and top-k; 3 selection bias; 4 groups; 5 ties; 6 one renormalised choice; 7 all
+experts. Layer: 8 order of the tokens; 9 equal experts; 10 the loop over experts; 11 forms among each other; 12 neighbours and
+decoding; 13 padding; 14 capacity; 15 expert choice. Losses: 16 balance; 17 z; 18 layers and sequences; 19 shards; 20 moves of the
+bias. 21 statistics. Meshes: 22 expert parallel; 23 with other axes; 24 ragged exchange. Models of others: 25 there and back; 26
+what would be wrong. Reinforcement learning: 27 replay; 28 log-probs. 29 counts.
+"""
 
 import dataclasses
 import re
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +25,10 @@ from llmjax.errors import UserError
 from llmjax.generation.decode import decode_step, prefill
 from llmjax.models.cache import init_cache
 from llmjax.models.config import MoEConfig
+from llmjax.models.dispatch import expert_ffn, expert_ffn_blocks, expert_ffn_loop, expert_ffn_ragged, expert_ffn_slots
 from llmjax.models.moe import moe_layer, moe_spec, router_loss, router_stats
-from llmjax.models.routers import route, slots_per_expert
-from llmjax.models.spec import init_params
+from llmjax.models.routers import capacity_slots, route, slots_per_expert
+from llmjax.models.spec import init_params, shardings
 from llmjax.models.transformer import hidden_states, logits, transformer_spec, with_updated_selection_bias
 from llmjax.objectives.lm import lm_loss
 from llmjax.sharding import MeshConfig
@@ -54,21 +64,21 @@ def activations(seed: int = 0):
 
 @pytest.mark.parametrize("scaling", [1.0, 2.5])
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
-def test_weights_sum_to_the_scaling_or_without_renormalisation_to_less(scoring, scaling):
+def test_invariant_01_weights_sum_to_the_scaling_or_without_renormalisation_to_less(scoring, scaling):
     cfg = dataclasses.replace(BASE, scoring=scoring, routed_scaling=scaling)
     np.testing.assert_allclose(jnp.sum(route(some_logits(), cfg).weights, -1), scaling, rtol=1e-6)
     plain = route(some_logits(), dataclasses.replace(cfg, renormalize=False, scoring="softmax")).weights
     assert np.all(jnp.sum(plain, -1) < scaling) and np.all(plain > 0)
 
 
-def test_softmax_of_the_chosen_is_softmax_of_all_renormalised():
+def test_invariant_02_softmax_of_the_chosen_is_softmax_of_all_renormalised():
     routing = route(some_logits(), BASE)
     chosen = jnp.take_along_axis(some_logits(), routing.ids, axis=-1)
     np.testing.assert_allclose(routing.weights, jax.nn.softmax(chosen, axis=-1), atol=1e-6)
 
 
 @pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
-def test_the_bias_moves_the_choice_never_a_weight_and_gets_no_gradient(scoring):
+def test_invariant_03_the_bias_moves_the_choice_never_a_weight_and_gets_no_gradient(scoring):
     cfg = dataclasses.replace(BASE, scoring=scoring, selection_bias=True, renormalize=False)
     bias = jnp.zeros(E).at[3].set(10.0)
     plain, biased = (route(some_logits(), cfg, selection_bias_E=b) for b in (jnp.zeros(E), bias))
@@ -79,17 +89,17 @@ def test_the_bias_moves_the_choice_never_a_weight_and_gets_no_gradient(scoring):
     assert not np.any(grad)
 
 
-def test_experts_come_from_few_groups_even_where_every_score_is_negative():
+def test_invariant_04_experts_come_from_few_groups_even_where_every_score_is_negative():
     cfg = dataclasses.replace(BASE, scoring="sigmoid", selection_bias=True, num_groups=4, top_k_groups=1)
     ids = np.asarray(route(some_logits(), cfg, selection_bias_E=jnp.full(E, -5.0)).ids)
     assert np.all(ids // 2 == ids[..., :1] // 2) and np.all(ids[..., 0] != ids[..., 1])
 
 
-def test_ties_go_to_the_lowest_ids():
+def test_invariant_05_ties_go_to_the_lowest_ids():
     np.testing.assert_array_equal(route(jnp.zeros((1, 1, E)), dataclasses.replace(BASE, top_k=3)).ids, [[[0, 1, 2]]])
 
 
-def test_one_renormalised_choice_is_refused_for_its_router_would_learn_nothing():
+def test_invariant_06_one_renormalised_choice_is_refused_for_its_router_would_learn_nothing():
     with pytest.raises(UserError, match="top_k=1 with renormalize=True"):
         dataclasses.replace(BASE, top_k=1).validate()
     for renormalize, learns in ((True, False), (False, True)):
@@ -98,7 +108,7 @@ def test_one_renormalised_choice_is_refused_for_its_router_would_learn_nothing()
         assert (np.max(np.abs(grad)) > 1e-3) == learns
 
 
-def test_all_experts_chosen_is_the_soft_mixture():
+def test_invariant_07_all_experts_chosen_is_the_soft_mixture():
     cfg = config(top_k=E)
     w, x = tiny.draw(moe_spec(cfg)), activations()
     y, _ = layer(cfg, x)
@@ -128,7 +138,7 @@ def test_noise_and_jitter_are_of_training_only():
 # The layer
 
 
-def test_a_capacity_is_first_come_first_served_and_so_depends_on_the_order():
+def test_invariant_08_a_capacity_is_first_come_first_served_and_so_depends_on_the_order():
     cfg, order = config(capacity_factor=0.6), np.random.default_rng(0).permutation(T)
     x = activations()
     y, permuted = layer(cfg, x)[0], layer(cfg, x[:, order])[0]
@@ -137,7 +147,7 @@ def test_a_capacity_is_first_come_first_served_and_so_depends_on_the_order():
     np.testing.assert_allclose(permuted, np.asarray(y)[:, order], atol=1e-6)
 
 
-def test_room_for_everything_is_dropless_in_value_and_gradient():
+def test_invariant_14_room_for_everything_is_dropless_in_value_and_gradient():
     args = tiny.draw(moe_spec(config())), activations()
     ones = jnp.ones((3, T), jnp.int32)
 
@@ -149,7 +159,7 @@ def test_room_for_everything_is_dropless_in_value_and_gradient():
     tiny.assert_trees_close(roomy, free, 1e-5)
 
 
-def test_capacity_is_accounted_for():
+def test_invariant_14_capacity_is_accounted_for():
     """Dispatched and dropped are all; first choices come before second ones, early tokens before late ones."""
     cfg = config(capacity_factor=0.6)
     w, x = tiny.draw(moe_spec(cfg)), activations()
@@ -175,7 +185,22 @@ def test_capacity_is_accounted_for():
     assert np.any(np.all(want == 0, axis=-1))  # such a token passes by the residual alone
 
 
-def test_decoding_never_drops_and_equals_the_model_without_a_capacity():
+def test_invariant_11_every_form_equals_every_other_on_the_same_routing():
+    w, x = tiny.draw(moe_spec(config())), jnp.asarray(activations())
+    routing = route(x @ w.router, BASE)
+    experts, flat = (w.gate, w.up, w.down), [a.reshape(3 * T, -1) for a in (x, routing.ids, routing.weights)]
+    roomy = dataclasses.replace(BASE, capacity_factor=float(E))
+    slots, dropped = capacity_slots(routing.ids, routing.weights, roomy, jnp.ones((3, T), bool))
+    want = expert_ffn_loop(*flat, *experts)
+    assert np.std(want) > 0.1 and not np.any(dropped)
+    forms = [expert_ffn(*flat, *experts), expert_ffn_ragged(*flat, *experts)]
+    forms += [expert_ffn_blocks(*flat, *experts, lead, (8, 2)) for lead in (0, 8)]
+    forms.append(expert_ffn_slots(x, slots.tokens, slots.weights, *experts).reshape(want.shape))
+    for got in forms:
+        np.testing.assert_allclose(got, want, atol=1e-5)
+
+
+def test_invariant_12_decoding_never_drops_and_equals_the_model_without_a_capacity():
     tight, free = config(capacity_factor=0.3), config()
     params, text = tiny.language_model(tight), tiny.tokens(tight, 2, 10)
     want = tiny.logits(params, text, free)
@@ -189,7 +214,7 @@ def test_decoding_never_drops_and_equals_the_model_without_a_capacity():
 
 
 @pytest.mark.parametrize("fields", [{}, dict(capacity_factor=0.6), dict(router="expert_choice")], ids=str)
-def test_padding_changes_no_real_token_no_place_and_no_statistic(fields):
+def test_invariant_13_padding_changes_no_real_token_no_place_and_no_statistic(fields):
     cfg, x = config(**fields), activations()
     size = dict(capacity_factor=1.2) if fields.get("capacity_factor") else {}
     longer = dataclasses.replace(cfg, moe=dataclasses.replace(cfg.moe, **size))
@@ -205,7 +230,7 @@ def test_padding_changes_no_real_token_no_place_and_no_statistic(fields):
     tiny.assert_trees_close(*({name: getattr(s, name) for name in same} for s in (padded_stats, stats)), 1e-5)
 
 
-def test_experts_that_choose_are_all_full_and_cannot_decode():
+def test_invariant_15_experts_that_choose_are_all_full_and_cannot_decode():
     cfg = config(router="expert_choice")
     _, stats = layer(cfg)
     np.testing.assert_allclose(stats.load, 1 / E, rtol=1e-6)
@@ -224,7 +249,7 @@ def test_experts_that_choose_are_all_full_and_cannot_decode():
 # Losses and statistics
 
 
-def test_losses_are_of_each_layer_not_of_the_pool():
+def test_invariant_18_losses_are_of_each_layer_not_of_the_pool():
     """Two layers that prefer different experts do not make up for each other."""
 
     def collapsed(expert):
@@ -236,21 +261,33 @@ def test_losses_are_of_each_layer_not_of_the_pool():
     np.testing.assert_allclose(router_loss(both, cfg), E, rtol=1e-6)  # of the pool it would be E / 2
 
 
-def test_the_loss_within_sequences_is_the_mean_over_them():
+def test_invariant_18_the_loss_within_sequences_is_the_mean_over_them():
     stats = layer(config())[1]
     each = [layer(config(), activations()[i : i + 1])[1].load_balance for i in range(3)]
     np.testing.assert_allclose(stats.sequence_balance, np.mean(each), rtol=1e-5)
     assert abs(stats.sequence_balance - stats.load_balance) > 1e-3
 
 
-def test_statistics_keep_their_bounds():
+def test_invariant_21_statistics_keep_their_bounds():
     _, stats = layer(config())
     np.testing.assert_allclose(jnp.sum(stats.load), 1.0, rtol=1e-6)
     assert 0 < stats.entropy <= np.log(E) and jnp.max(stats.load) * E >= 1 and stats.dropped == 0
 
 
+@pytest.mark.parametrize("mesh", [dict(data=8), dict(fsdp=2, expert=4)], ids=str)
+def test_invariant_19_losses_and_statistics_are_of_the_whole_batch_however_it_is_split(mesh):
+    x = np.concatenate([activations(), activations(1), activations(2)])[:8] * np.linspace(0.2, 3, 8)[:, None, None]
+    segments = np.where(np.arange(T) < np.arange(5, 13)[:, None], 1, 0).astype(np.int32)
+    x = x.astype(np.float32)
+    _, want = layer(config(), x, segments)
+    got = on_mesh(config(), mesh, x, segments)[1]
+    tiny.assert_trees_close(got.replace(routes=None), want.replace(routes=None), 1e-5)
+    each = [layer(config(), x[i : i + 1], segments[i : i + 1])[1].load_balance for i in range(8)]
+    assert abs(np.mean(each) - want.load_balance) > 1e-2  # the mean over the shards would be something else
+
+
 @pytest.mark.parametrize("remat", [False, True])
-def test_the_bias_moves_by_the_sign_of_the_load_once_a_step(remat):
+def test_invariant_20_the_bias_moves_by_the_sign_of_the_load_once_a_step(remat):
     cfg = dataclasses.replace(config(scoring="sigmoid", selection_bias=True, bias_update_rate=0.25), remat=remat)
     specs, batch = transformer_spec(cfg), tiny.lm_batch(cfg, 4, T)
     tx = make_optimizer(OptimizerConfig(weight_decay=0.5, warmup_steps=0), 10, specs)
@@ -268,7 +305,7 @@ def test_the_bias_moves_by_the_sign_of_the_load_once_a_step(remat):
     assert not np.any(moments)
 
 
-def test_the_bias_evens_out_the_load():
+def test_invariant_20_the_bias_evens_out_the_load():
     cfg = config(scoring="sigmoid", selection_bias=True, bias_update_rate=0.02)
     w, x = tiny.draw(moe_spec(cfg)), jnp.asarray(activations(3))
     bias, first = jnp.zeros(E), None
@@ -283,7 +320,55 @@ def test_the_bias_evens_out_the_load():
 # Meshes
 
 
-def test_experts_that_do_not_divide_are_refused_in_words():
+def on_mesh(cfg, mesh, x, segments, seed=0):
+    """(y, stats) of the random layer of `layer`, on a mesh of 8 devices."""
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    mesh = sharding.make_mesh(MeshConfig(**mesh))
+    with sharding.use_mesh(mesh):
+        batch = sharding.put_batch({"x": x, "segments": segments}, mesh)
+        w = jax.device_put(tiny.draw(moe_spec(cfg), seed))
+        return jax.device_get(tiny.jit(partial(moe_layer, cfg=cfg))(w, batch["x"], batch["segments"]))
+
+
+def value_and_grads_of(cfg, mesh):
+    """Compiled (w, x, segments) -> ((sum of squares of y, y), gradients of w and x), on a mesh or not."""
+
+    def loss(w, x, segments):
+        y = moe_layer(w, x, segments, cfg)[0]
+        return jnp.sum(jnp.square(y)), y
+
+    grads = tiny.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+
+    def run(w, x, segments):
+        with sharding.use_mesh(mesh):
+            batch = sharding.put_batch({"x": x, "segments": segments}, mesh)
+            w = w if mesh is None else jax.device_put(w, shardings(moe_spec(cfg), mesh))
+            return jax.device_get(grads(w, batch["x"], batch["segments"]))
+
+    return run
+
+
+@pytest.mark.parametrize("way", ["all_gather", "all_to_all"])
+@pytest.mark.parametrize("num_experts, top_k", [(8, 1), (8, 2), (8, 8), (64, 1), (64, 2), (64, 8)])
+def test_invariant_22_experts_on_8_devices_are_those_of_one(num_experts, top_k, way):
+    """In value and gradient; with loads as they come, uneven ones, empty experts, and all tokens to the same."""
+    if len(jax.devices()) < 8:
+        pytest.skip("needs 8 devices")
+    cfg = config(num_experts=num_experts, top_k=top_k, renormalize=False, router_bias=True, expert_parallel=way, mlp_dim=4)
+    x, segments = np.random.default_rng(0).normal(size=(8, T, 16)).astype(np.float32), np.ones((8, T), np.int32)
+    segments[1, 5:] = 0
+    one, many = value_and_grads_of(cfg, None), value_and_grads_of(cfg, sharding.make_mesh(MeshConfig(expert=8)))
+    w = tiny.draw(moe_spec(cfg))
+    for push in (0.0, 2.0, 60.0):  # at 60 the chosen are the first top_k experts, whatever the token
+        w = w.replace(router_bias=-push * jnp.arange(num_experts) / num_experts)
+        want, got = one(w, x, segments), many(w, x, segments)
+        load = np.bincount(np.asarray(route(x @ w.router + w.router_bias, cfg.moe).ids).ravel(), minlength=num_experts)
+        assert push < 60 or num_experts == top_k or np.sum(load == 0) > num_experts // 2
+        tiny.assert_trees_close(got, want, 1e-5)
+
+
+def test_invariant_22_experts_that_do_not_divide_are_refused_in_words():
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
     with pytest.raises(UserError, match="expert=6"):
@@ -291,7 +376,7 @@ def test_experts_that_do_not_divide_are_refused_in_words():
 
 
 @pytest.mark.parametrize("way", ["all_gather", "all_to_all"])
-def test_no_experts_weights_travel(way):
+def test_invariant_22_no_experts_weights_travel(way):
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
     cfg, mesh = config(expert_parallel=way), sharding.make_mesh(MeshConfig(expert=8))
@@ -306,7 +391,7 @@ def test_no_experts_weights_travel(way):
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5])
-def test_what_does_not_fit_into_the_exchange_is_counted(factor):
+def test_invariant_22_what_does_not_fit_into_the_exchange_is_counted(factor):
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
     cfg, mesh = config(expert_parallel="all_to_all", exchange_factor=factor), sharding.make_mesh(MeshConfig(expert=8))
@@ -323,7 +408,7 @@ def test_what_does_not_fit_into_the_exchange_is_counted(factor):
 # Reinforcement learning
 
 
-def test_replayed_routes_are_taken_and_the_router_keeps_its_gradient():
+def test_invariant_27_replayed_routes_are_taken_and_the_router_keeps_its_gradient():
     cfg = config()
     params, other, text = tiny.language_model(cfg), tiny.language_model(cfg, 1), tiny.tokens(cfg, 2, T)
     _, _, recorded = hidden_states(other, text, cfg)
@@ -338,7 +423,7 @@ def test_replayed_routes_are_taken_and_the_router_keeps_its_gradient():
     assert np.all(np.any(np.asarray(grads.blocks.mlp.router) != 0, axis=(1, 2)))
 
 
-def test_with_replay_a_sparse_models_log_probs_are_as_close_as_a_dense_ones():
+def test_invariant_28_with_replay_a_sparse_models_log_probs_are_as_close_as_a_dense_ones():
     """bfloat16 decoding from a cache against a float32 pass over the whole text: the gap that makes RL go wrong."""
     gaps, disagree = {}, None
     for name, cfg in {"dense": tiny.DENSE, "moe": config()}.items():
@@ -364,3 +449,15 @@ def test_with_replay_a_sparse_models_log_probs_are_as_close_as_a_dense_ones():
             disagree = np.mean(np.asarray(alone.routes) != np.asarray(recorded))
             gaps["alone"] = float(jnp.max(jnp.abs(ours - jax.nn.log_softmax(logits(params, x, cfg)))))
     assert disagree > 0 and gaps["alone"] > 1.5 * gaps["dense"] >= gaps["moe"], gaps
+
+
+def test_invariant_29_no_count_comes_from_a_compiled_program():
+    """Its cost_analysis counts the body of a loop once."""
+    package = Path(__file__).parents[2] / "llmjax"
+    assert not [path for path in package.rglob("*.py") if "cost_analysis" in path.read_text()]
+
+
+def test_every_invariant_has_a_test():
+    text = "".join(path.read_text() for path in Path(__file__).parents[1].rglob("test_*.py"))
+    numbers = {int(number) for number in re.findall(r"def test_invariant_(\d\d)_", text)}
+    assert numbers == set(range(1, 30))

@@ -45,7 +45,7 @@ def test_every_preset_has_a_published_size():
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_published_sizes(name):
+def test_invariant_29_published_sizes(name):
     cfg = preset(name)
     cfg.validate()
     total, active = PUBLISHED[name]

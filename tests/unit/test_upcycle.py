@@ -18,7 +18,7 @@ MOE = MoEConfig(num_experts=4, top_k=2, mlp_dim=tiny.DENSE.mlp_dim)
 
 
 @pytest.mark.parametrize("top_k", [2, 4])
-def test_an_upcycled_model_is_the_dense_one_at_step_0(top_k):
+def test_invariant_09_an_upcycled_model_is_the_dense_one_at_step_0(top_k):
     dense, text = tiny.language_model(tiny.DENSE), tiny.tokens(tiny.DENSE, 2, 12)
     params, cfg = upcycle(dense, tiny.DENSE, dataclasses.replace(MOE, top_k=top_k), KEY)
     assert cfg.moe.num_experts == 4 and np.std(params.blocks.mlp.router) > 0
