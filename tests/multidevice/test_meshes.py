@@ -166,7 +166,7 @@ def test_families(model, mode, loop):
 @pytest.mark.parametrize("mode", ["auto", "explicit"])
 @pytest.mark.parametrize("mesh", [EVERY_KIND, "expert4-data2"])
 @pytest.mark.parametrize("model", DISPATCHES)
-def test_dispatches(model, mesh, mode):
+def test_invariant_23_dispatches(model, mesh, mode):
     test_loss_metrics_and_gradients("lm", mesh, mode, model, "unroll")
 
 

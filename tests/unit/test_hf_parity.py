@@ -79,7 +79,7 @@ def test_cached_decoding_and_greedy_tokens(case):
         state = step(params, state, jnp.asarray(full[:, t]), cfg=cfg)
 
 
-def test_export_loads_there_with_equal_logits(case, tmp_path):
+def test_invariant_25_export_loads_there_with_equal_logits(case, tmp_path):
     peer, _, cfg, raw, params = case
     folder = str(tmp_path / "out")
     save_params(params, cfg, raw["model_type"], folder, source=raw, shard_bytes=20_000)
@@ -128,7 +128,7 @@ def test_gradient_of_the_loss(case):
     assert np.max(np.abs(np.asarray(first.attention_norm[0]) - norm)) <= 1e-3 * np.max(np.abs(norm))
 
 
-def test_both_spellings_of_the_rotary_settings(case):
+def test_invariant_25_both_spellings_of_the_rotary_settings(case):
     _, folder, cfg, raw, _ = case
     old = {k: v for k, v in raw.items() if k != "rope_parameters"}
     scaling = dict(raw["rope_parameters"])
