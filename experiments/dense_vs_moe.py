@@ -1,30 +1,113 @@
-"""Dense against sparse, from pre-training to PPO: equal active parameters, equal tokens, the same batches.
+"""Dense against sparse: the whole life at equal active parameters, or pre-training alone with something else held equal.
 
-    llmjax --config=experiments/dense_vs_moe.py --workdir=runs/dense_vs_moe
-    llmjax --config=experiments/dense_vs_moe.py:test --workdir=runs/test   (seconds for each; what the tests run)
+    llmjax --config=experiments/dense_vs_moe.py --workdir=runs/dense_vs_moe                   (all stages, equal active parameters)
+    llmjax --config=experiments/dense_vs_moe.py:matched_active --workdir=runs/matched_active  (equal active parameters and tokens)
+    llmjax --config=experiments/dense_vs_moe.py:matched_flops --workdir=runs/matched_flops    (equal training FLOPs)
+    llmjax --config=experiments/dense_vs_moe.py:matched_total --workdir=runs/matched_total    (equal parameters in all, equal tokens)
+    llmjax --config=experiments/dense_vs_moe.py:granularity --workdir=runs/granularity        (experts of 1, 1/2, 1/4, 1/8 the width)
+    llmjax --config=experiments/dense_vs_moe.py:experts --workdir=runs/experts                (2 of 4, 8, 16, 32 experts)
+    llmjax --config=experiments/dense_vs_moe.py:test --workdir=runs/test                      (seconds for each; what the tests run)
 
-An override changes both, or the one that it names:
+The others in test size: `:matched_active,test` and so on. An override changes all runs, or the one that it names:
 
-    --config.ppo.kl_coef=0.1        in both
-    --config.moe.ppo.kl_coef=0.1    in the sparse one only; --config.dense.ppo.kl_coef=0.1 in the dense one
-    --config.model.moe.top_k=4      where there are experts
+    --config.pretrain.steps=700         in all
+    --config.moe.pretrain.steps=700     in the run `moe` only; --config.dense.pretrain.steps=700 in the dense one
+    --config.model.moe.top_k=4          where there are experts
 
-Expected: a table of both, stage by stage, on the terminal and in report.html; each run's own report is in its folder,
-runs/dense_vs_moe/dense and runs/dense_vs_moe/moe. With --config.seed=2, dense / sparse: held-out bits per byte 0.191 / 0.182;
+Expected: a table of all runs, stage by stage, on the terminal and in report.html; each run's own report is in its folder,
+runs/dense_vs_moe/dense and runs/dense_vs_moe/moe. Where there are experts, the table says what they bring (loss at equal
+training FLOPs, efficiency leverage over the dense run) and how evenly they are used.
+
+`quickstart`, the default, with --config.seed=2, dense / sparse: held-out bits per byte 0.191 / 0.182;
 instruction following 85 / 90 %; reward model at 0.905 / 0.925 of its ceiling; gold score 0.562 to 0.751 / 0.598 to 0.769
-(standard error 0.016). Hardware: 2 CPU cores, about the time of two quickstarts.
+(standard error 0.016). Hardware: 2 CPU cores, about the time of two quickstarts; for the others one to a few minutes a run.
 """
 
 from dataclasses import replace
 
 from experiments import quickstart
-from llmjax.stages.config import Study
+from llmjax.models.config import ModelConfig, MoEConfig
+from llmjax.models.stats import steps_for_flops, train_flops_per_token
+from llmjax.stages.config import Experiment, Study
 
 
 def get_config(arg: str = "quickstart") -> Study:
-    pairs = {"quickstart": ("dense", "moe"), "test": ("test", "test_moe")}
-    if arg not in pairs:
-        raise ValueError(f"unknown argument {arg!r}; there is {' and '.join(pairs)}")
-    dense, moe = map(quickstart.get_config, pairs[arg])
-    dense = replace(dense, pretrain=moe.pretrain)
-    return Study(name=f"dense-vs-moe-{arg}", experiments={"dense": dense, "moe": moe})
+    if arg == "quickstart":
+        runs = whole_life("dense", "moe")
+    elif arg == "test":
+        runs = whole_life("test", "test_moe")
+    else:
+        name, _, size = arg.partition(",")
+        if name not in STUDIES or size not in ("", "test"):
+            raise ValueError(
+                f"unknown argument {arg!r}; there is quickstart, test, {' and '.join(STUDIES)}, the last "
+                f"{len(STUDIES)} also with ,test behind"
+            )
+        runs = STUDIES[name](pretraining(size))
+    return Study(name=f"dense-vs-moe-{arg.replace(',', '-')}", experiments=runs)
+
+
+def whole_life(dense: str, moe: str) -> dict[str, Experiment]:
+    """Equal active parameters but for the router, equal tokens, the same batches, from pre-training to PPO."""
+    dense, moe = map(quickstart.get_config, (dense, moe))
+    return {"dense": replace(dense, pretrain=moe.pretrain), "moe": moe}
+
+
+def pretraining(size: str) -> Experiment:
+    """The dense run that the others are derived from; evaluated often, since its curve against FLOPs is what counts."""
+    config = whole_life("test", "test_moe")["dense"] if size else whole_life("dense", "moe")["dense"]
+    pretrain = replace(config.pretrain, steps=60 if size else 1400, eval_every=20 if size else 100)
+    return replace(config, pretrain=pretrain, sft=None, reward=None, ppo=None)
+
+
+def sparse(dense: Experiment, num_experts: int, top_k: int, width: float = 1.0, **moe) -> Experiment:
+    """Experts in place of the dense layers; the top_k of a token are together `width` times as wide as those."""
+    mlp_dim = round(width * dense.model.mlp_dim) // top_k
+    experts = MoEConfig(num_experts=num_experts, top_k=top_k, mlp_dim=mlp_dim, **moe)
+    return replace(dense, model=replace(dense.model, moe=experts))
+
+
+def matched_active(dense: Experiment) -> dict[str, Experiment]:
+    """Two of eight experts are as wide as the dense layer: equal active parameters but for the router."""
+    return {"dense": dense, "moe": sparse(dense, 8, 2)}
+
+
+def matched_flops(dense: Experiment) -> dict[str, Experiment]:
+    """As many steps of each as the dense run's FLOPs pay for: fewer for experts twice as wide, and fewer for the products of
+    the router, which are the more the finer the experts are."""
+    cfg = dense.pretrain
+    budget = cfg.steps * cfg.batch_size * cfg.length * train_flops_per_token(known_vocab(dense), cfg.length)
+    runs = {"moe": sparse(dense, 8, 2), "wide": sparse(dense, 8, 2, width=2.0), "fine": sparse(dense, 32, 8)}
+    return {"dense": dense} | {name: paid(run, budget) for name, run in runs.items()}
+
+
+def paid(run: Experiment, budget: float) -> Experiment:
+    """With the number of steps whose FLOPs are nearest to `budget`."""
+    cfg = run.pretrain
+    steps = steps_for_flops(known_vocab(run), cfg.length, cfg.batch_size, budget)
+    return replace(run, pretrain=replace(cfg, steps=steps))
+
+
+def known_vocab(run: Experiment) -> ModelConfig:
+    """The model with the vocabulary that the tokenizer is going to have."""
+    return replace(run.model, vocab_size=run.model.vocab_size or run.tokenizer.vocab_size)
+
+
+def matched_total(dense: Experiment) -> dict[str, Experiment]:
+    """The dense layer is as wide as all eight experts together: the upper bound of what they can hold."""
+    wide = replace(dense, model=replace(dense.model, mlp_dim=4 * dense.model.mlp_dim))
+    return {"dense": wide, "moe": sparse(dense, 8, 2)}
+
+
+def granularity(dense: Experiment) -> dict[str, Experiment]:
+    """The same width, active and in all, cut into finer experts (Krajewski et al. 2024, arXiv:2402.07871). Gates are not
+    renormalized, which one expert a token rules out."""
+    return {"dense": dense} | {f"g{g}": sparse(dense, 4 * g, g, renormalize=False) for g in (1, 2, 4, 8)}
+
+
+def experts(dense: Experiment) -> dict[str, Experiment]:
+    """More experts of the same width, of which a token still takes two: more parameters at equal active ones."""
+    return {"dense": dense} | {f"e{e}": sparse(dense, e, 2) for e in (4, 8, 16, 32)}
+
+
+STUDIES = {study.__name__: study for study in (matched_active, matched_flops, matched_total, granularity, experts)}

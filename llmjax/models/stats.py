@@ -47,3 +47,8 @@ def _mean_keys(window: int, length: int) -> float:
 def train_flops_per_token(cfg: ModelConfig, length: int, frozen: bool = False) -> float:
     """Forward and backward: three times the forward pass; twice if the weights are frozen (the low rank itself is free)."""
     return (2.0 if frozen else 3.0) * forward_flops_per_token(cfg, length)
+
+
+def steps_for_flops(cfg: ModelConfig, length: int, batch_size: int, budget: float) -> int:
+    """Steps of batch_size sequences of `length` tokens whose training FLOPs are nearest to `budget`, at least one."""
+    return max(1, round(budget / (batch_size * length * train_flops_per_token(cfg, length))))

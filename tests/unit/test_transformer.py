@@ -14,7 +14,13 @@ from llmjax.models.config import ModelConfig, MoEConfig
 from llmjax.models.layers import Mlp
 from llmjax.models.moe import Moe
 from llmjax.models.spec import num_params
-from llmjax.models.stats import active_params, forward_flops_per_token, total_params, train_flops_per_token
+from llmjax.models.stats import (
+    active_params,
+    forward_flops_per_token,
+    steps_for_flops,
+    total_params,
+    train_flops_per_token,
+)
 from llmjax.models.transformer import Block, Params, transformer_spec
 from llmjax.objectives.lm import lm_loss
 
@@ -114,6 +120,8 @@ def test_flops_by_hand(cfg, tied):
     scores_and_sums = 2 * (2 * 2 * 4 * 8 * length / 2)  # two layers: q k^T and weights v, half of them masked
     assert forward_flops_per_token(cfg, length) == 2 * products + scores_and_sums
     assert train_flops_per_token(cfg, length) == 3 * forward_flops_per_token(cfg, length)
+    step = 4 * length * train_flops_per_token(cfg, length)
+    assert [steps_for_flops(cfg, length, 4, steps * step) for steps in (0.1, 7.0, 7.4, 7.6)] == [1, 7, 7, 8]
 
 
 # transformers
