@@ -4,9 +4,9 @@
     llmjax --config=experiments/dense_vs_moe.py:matched_active --workdir=runs/matched_active  (equal active parameters and tokens)
     llmjax --config=experiments/dense_vs_moe.py:matched_flops --workdir=runs/matched_flops    (equal training FLOPs)
     llmjax --config=experiments/dense_vs_moe.py:matched_total --workdir=runs/matched_total    (equal parameters in all, equal tokens)
-    llmjax --config=experiments/dense_vs_moe.py:granularity --workdir=runs/granularity        (experts of 1, 1/2, 1/4, 1/8 the width)
+    llmjax --config=experiments/dense_vs_moe.py:granularity --workdir=runs/granularity        (the same width in 1, 2, 4, 8 pieces)
     llmjax --config=experiments/dense_vs_moe.py:experts --workdir=runs/experts                (2 of 4, 8, 16, 32 experts)
-    llmjax --config=experiments/dense_vs_moe.py:test --workdir=runs/test                      (seconds for each; what the tests run)
+    llmjax --config=experiments/dense_vs_moe.py:test --workdir=runs/test                      (seconds a run; what the tests run)
 
 The others in test size: `:matched_active,test` and so on. An override changes all runs, or the one that it names:
 
@@ -43,7 +43,7 @@ def get_config(arg: str = "quickstart") -> Study:
                 f"unknown argument {arg!r}; there is quickstart, test, {' and '.join(STUDIES)}, the last "
                 f"{len(STUDIES)} also with ,test behind"
             )
-        runs = STUDIES[name](pretraining(size))
+        runs = {run: replace(config, name=f"{name}-{run}") for run, config in STUDIES[name](pretraining(size)).items()}
     return Study(name=f"dense-vs-moe-{arg.replace(',', '-')}", experiments=runs)
 
 

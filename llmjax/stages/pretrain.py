@@ -6,10 +6,10 @@ import numpy as np
 
 from llmjax.data.batches import make_batches, sequential_batches
 from llmjax.data.packing import Packed
-from llmjax.evals.language import bits_per_byte, held_out, language_metrics
+from llmjax.evals.language import RoutingChange, bits_per_byte, held_out, language_metrics
 from llmjax.evals.ngram import ngram_nats
 from llmjax.models.spec import init_params
-from llmjax.models.stats import active_params, total_params
+from llmjax.models.stats import active_params, total_params, train_flops_per_token
 from llmjax.models.transformer import transformer_spec
 from llmjax.objectives.lm import lm_loss
 from llmjax.stages.prepare import pretrain_data
@@ -38,22 +38,31 @@ def run_pretrain(run: Run) -> None:
             num_bytes += int((token_bytes[batch["targets"]] * batch["loss_mask"]).sum())
         return language_metrics(nats, tokens, num_bytes)
 
+    first_batch = next(sequential_batches(eval_data.arrays(), cfg.batch_size))
+    routing_change = RoutingChange(model, run.mesh)
+
+    def evaluate_and_compare(step, state):
+        return evaluate(step, state) | routing_change(state.params, first_batch)
+
     start = run.load_lm(cfg.init) if cfg.init else init_params(specs, run.key("pretrain", "init"), run.mesh)
     trained = fit(
         run, "pretrain", specs, start,
         lambda params, batch, key: lm_loss(params, batch, key, model), batches, cfg.optimizer, cfg.steps,
-        cfg.batch_size * cfg.length, cfg.length, [Hook(cfg.eval_every, evaluate)], after=balancing(model),
+        cfg.batch_size * cfg.length, cfg.length, [Hook(cfg.eval_every, evaluate_and_compare)], after=balancing(model),
     )  # fmt: skip
     metrics = evaluate(cfg.steps, trained, max_batches=0)
     train_streams, eval_streams = (document_streams(data, run.tokenizer.endoftext_id) for data in (train_data, eval_data))
     nats, tokens = ngram_nats(train_streams, eval_streams, order=NGRAM_ORDER, vocab_size=model.vocab_size)
     num_bytes = sum(int(token_bytes[stream].sum()) for stream in eval_streams)
+    flops = train_flops_per_token(model, cfg.length)
     metrics |= {
         "ngram5_loss": nats / tokens,
         "ngram5_bits_per_byte": bits_per_byte(nats, num_bytes),
         "num_params": total_params(model),
         "num_active_params": active_params(model),
         "train_tokens": trained.tokens,
+        "train_flops_per_token": flops,
+        "train_flops": trained.tokens * flops,
     }
     decodes = model.moe is None or model.moe.router != "expert_choice"
     samples = continuations(run, trained.params, eval_data) if decodes else []

@@ -14,7 +14,7 @@ from llmjax.errors import UserError
 
 METRICS = {
     "pretrain": {"loss", "perplexity", "bits_per_byte", "ngram5_loss", "ngram5_bits_per_byte", "num_params",
-                 "num_active_params", "train_tokens"},
+                 "num_active_params", "train_tokens", "train_flops_per_token", "train_flops"},
     "sft": {"loss", "instruction_following_before", "instruction_following_after", "gold", "correct"},
     "reward": {"accuracy", "noise_ceiling", "accuracy_of_ceiling", "loss"},
     "ppo": {"gold", "gold_stderr", "correct", "instruction_following", "kl", "kl_stderr", "length"},
