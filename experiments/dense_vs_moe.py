@@ -1,12 +1,12 @@
 """Dense against sparse: the whole life at equal active parameters, or pre-training alone with something else held equal.
 
-    llmjax --config=experiments/dense_vs_moe.py --workdir=runs/dense_vs_moe                   (all stages, equal active parameters)
-    llmjax --config=experiments/dense_vs_moe.py:matched_active --workdir=runs/matched_active  (equal active parameters and tokens)
-    llmjax --config=experiments/dense_vs_moe.py:matched_flops --workdir=runs/matched_flops    (equal training FLOPs)
-    llmjax --config=experiments/dense_vs_moe.py:matched_total --workdir=runs/matched_total    (equal parameters in all, equal tokens)
-    llmjax --config=experiments/dense_vs_moe.py:granularity --workdir=runs/granularity        (the same width in 1, 2, 4, 8 pieces)
-    llmjax --config=experiments/dense_vs_moe.py:experts --workdir=runs/experts                (2 of 4, 8, 16, 32 experts)
-    llmjax --config=experiments/dense_vs_moe.py:test --workdir=runs/test                      (seconds a run; what the tests run)
+    llmjax --config=experiments/dense_vs_moe.py --workdir=runs/dense_vs_moe             (all stages, equal active parameters)
+    llmjax --config=experiments/dense_vs_moe.py:matched_active --workdir=runs/active    (equal active parameters, equal tokens)
+    llmjax --config=experiments/dense_vs_moe.py:matched_flops --workdir=runs/flops      (equal training FLOPs)
+    llmjax --config=experiments/dense_vs_moe.py:matched_total --workdir=runs/total      (equal parameters in all, equal tokens)
+    llmjax --config=experiments/dense_vs_moe.py:granularity --workdir=runs/granularity  (one width in 1, 2, 4, 8 pieces)
+    llmjax --config=experiments/dense_vs_moe.py:experts --workdir=runs/experts          (2 of 4, 8, 16, 32 experts)
+    llmjax --config=experiments/dense_vs_moe.py:test --workdir=runs/test                (seconds a run; what the tests run)
 
 The others in test size: `:matched_active,test` and so on. An override changes all runs, or the one that it names:
 

@@ -71,13 +71,15 @@ def running_mean(y: Sequence[float], width: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def line_plot(name: str, panels: Sequence[Panel], x_label: str = "optimizer step") -> str:
+def line_plot(name: str, panels: Sequence[Panel], x_label: str = "optimizer step", log_x: bool = False) -> str:
     """<svg> of panels under one another over a common x axis; `name` makes its ids unique within a page."""
     def draw(figure) -> None:
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
         for index, (axis, panel) in enumerate(zip(axes, panels, strict=True)):
             _draw_panel(axis, panel, index)
         axes[-1].set_xlabel(x_label)
+        if log_x:
+            _log_axis(axes[-1])
 
     return _render(name, 2.75 if len(panels) == 1 else 1.75 * len(panels), draw)
 
@@ -88,12 +90,15 @@ def _draw_panel(axis, panel: Panel, index: int) -> None:
     for series in panel.series:
         x, y = thin(series.x, series.y)
         color = _SERIES[series.color % len(_SERIES)]
+        dash = "-" if series.color < len(_SERIES) else (0, (3, 1.5))  # the colours come round again
         if series.style == "raw" and len(y) >= 20:
             axis.plot(x, y, color=color, alpha=0.25, linewidth=0.8)
             y = running_mean(y, max(3, len(y) // 20))
         marker = "o" if series.style == "dots" and len(y) <= 60 else None
         marker = "o" if len(y) == 1 else marker
-        axis.plot(x, y, color=color, linewidth=1.7, marker=marker, markersize=3.2, label=series.label)
+        axis.plot(
+            x, y, color=color, linewidth=1.7, linestyle=dash, marker=marker, markersize=3.2, label=series.label
+        )
     for number, reference in enumerate(panel.references):
         axis.axhline(reference.y, color=_MUTED, linewidth=1.1, linestyle=(0, (4, 3)))
         axis.annotate(
@@ -112,6 +117,17 @@ def _draw_panel(axis, panel: Panel, index: int) -> None:
     axis.grid(axis="y", color=_GRID, linewidth=0.7)
     if len(panel.series) > 1:
         axis.legend(loc="lower left", bbox_to_anchor=(-0.02, 0.99), ncols=4, columnspacing=1.2, handlelength=1.4)
+
+
+def _log_axis(axis) -> None:
+    """A logarithmic x axis with a few round numbers on it, 2e+11 for 200 thousand million."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    axis.set_xscale("log")
+    low, high = axis.get_xlim()
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,), numticks=8))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.0e}"))
+    axis.xaxis.set_minor_formatter(NullFormatter())
 
 
 def bar_plot(name: str, bars: Sequence[Bar], y_label: str) -> str:

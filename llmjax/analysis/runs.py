@@ -59,6 +59,16 @@ class Run:
         values = [value for value in values if _is_number(value)]
         return sum(values) if values else None
 
+    def last(self, stage: str, name: str) -> float | None:
+        """The value of a training metric at the stage's last step that has it."""
+        values = self.curve(stage, "train", name)[1]
+        return values[-1] if values else None
+
+    def is_sparse(self) -> bool | None:
+        """Whether tokens use only a part of the parameters; None before pre-training is complete."""
+        size, active = self.final("pretrain", "num_params"), self.final("pretrain", "num_active_params")
+        return None if size is None or active is None else active != size
+
     def final_rows(self) -> dict[str, dict[str, Any]]:
         """"base" | "sft" | "ppo" -> its row of the final table; empty before PPO is complete."""
         return {row["model"]: row for row in self.results.get("ppo", {}).get("table", [])}
@@ -70,6 +80,14 @@ class Run:
             if records:
                 return [float(r["step"]) for r in records], [_loads(record) for record in records]
         return [], []
+
+    def mean_loads(self) -> list[list[float]]:
+        """[layer][expert] loads, as multiples of a uniform load: mean of the last tenth of the steps; empty without experts."""
+        _, loads = self.expert_loads()
+        tail = loads[-max(1, len(loads) // 10):]
+        return [
+            [sum(load[i][j] for load in tail) / len(tail) for j in range(len(row))] for i, row in enumerate(tail[-1])
+        ] if tail else []
 
 
 def _is_number(value: Any) -> bool:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from llmjax import config as config_lib
-from llmjax.analysis import tables, units
+from llmjax.analysis import efficiency, tables, units
 from llmjax.analysis.plots import Bar, Panel, Reference, Series, bar_plot, heat_map, line_plot
 from llmjax.analysis.runs import STAGES, Run
 
@@ -255,16 +255,16 @@ def _expert_figures(run: Run) -> list[Figure]:
     steps, loads = run.expert_loads()
     if not loads:
         return []
-    tail = loads[-max(1, len(loads) // 10):]
-    mean = [
-        [sum(load[i][j] for load in tail) / len(tail) for j in range(len(row))] for i, row in enumerate(loads[-1])
-    ]
+    mean = run.mean_loads()
     strongest = max(2.0, max(max(row) for row in mean))
     extremes = (
         Series("busiest", steps, [max(max(row) for row in load) for load in loads], 0),
         Series("idlest", steps, [min(min(row) for row in load) for load in loads], 1),
     )
     router = _series(run, "pretrain", [("", "train", "moe/entropy", "raw")])
+    dropped = _series(run, "pretrain", [("", "train", "moe/dropped", "raw")], 100.0)
+    dropped = dropped if any(max(series.y) > 0 for series in dropped) else ()
+    change = _series(run, "pretrain", [("", "eval", "moe/routing_change", "dots")], 100.0)
     return [
         Figure("Expert load", heat_map("experts", mean, "layer", "expert", strongest),
                "Share of the tokens that an expert gets, as a multiple of the uniform share (1.00), "
@@ -273,6 +273,9 @@ def _expert_figures(run: Run) -> list[Figure]:
             Panel("load (multiple of uniform)", extremes, _references(("uniform", 1.0)))
         ]),
         *_figure("router-entropy", "Router entropy", [Panel("nats per token", router)]),
+        *_figure("choices-dropped", "Choices dropped", [Panel("% of choices", dropped, from_zero=True)]),
+        *_figure("routing-change", "Routing change", [Panel("% of choices", change, from_zero=True)],
+                 "Share of the router's choices on held-out text that the same token did not make one evaluation earlier."),
     ]
 
 
@@ -353,6 +356,7 @@ def study_sections(runs: Sequence[Run]) -> tuple[Section, ...]:
                 )
             ])
         ]
+        figures += _flops_figure(runs) if stage == "pretrain" else []
         figures += _study_bars(runs) if stage == "sft" else []
         if figures or any(stage in run.results for run in runs):
             made.append(Section(stage, label, _LEADS[stage], figures=tuple(figures)))
@@ -365,6 +369,16 @@ def _overlay(runs: Sequence[Run], stage: str, kind: str, metric: str, style: str
         Series(run.name, steps, [scale * value for value in values], color, style)
         for color, (run, steps, values) in enumerate(curves) if steps
     )
+
+
+def _flops_figure(runs: Sequence[Run]) -> list[Figure]:
+    curves = [(run, *efficiency.flops_curve(run)) for run in runs]
+    series = tuple(Series(run.name, x, y, color, "dots") for color, (run, x, y) in enumerate(curves) if x)
+    if not series:
+        return []
+    svg = line_plot("pretrain-flops", [Panel("nats per token", series)], "training FLOPs (log scale)", log_x=True)
+    return [Figure("Held-out loss by training FLOPs", svg,
+                   "Where two curves are at one height, the left one is cheaper by the factor between them.")]
 
 
 def _stage_lines(runs: Sequence[Run], stage: str, metric: str) -> tuple[Reference, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 import rich.markup
 import rich.table
 
-from llmjax.analysis import units
+from llmjax.analysis import efficiency, units
 from llmjax.analysis.runs import STAGES, Run
 
 MODELS = {"base": "Base", "sft": "SFT", "ppo": "PPO"}
@@ -83,6 +83,8 @@ def _study_rows(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
         each("pretrain", "Held-out bits per byte", metric("pretrain", "bits_per_byte")),
         each("pretrain", "5-gram baseline, bits per byte", metric("pretrain", "ngram5_bits_per_byte")),
         *cost("pretrain"),
+        each("pretrain", "Training FLOPs", metric("pretrain", "train_flops", units.count)),
+        *_sparse_rows(runs),
         each("sft", "Held-out loss (nats/token)", metric("sft", "loss")),
         each("sft", "Follows instructions, before", metric("sft", "instruction_following_before", units.percent)),
         each("sft", "Follows instructions, after", metric("sft", "instruction_following_after", units.percent)),
@@ -97,6 +99,27 @@ def _study_rows(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
         each("ppo", "KL from SFT (nats/sequence)", lambda run: units.number(run.final_rows().get("ppo", {}).get("kl"))),
         *cost("ppo"),
     ]
+
+
+def _sparse_rows(runs: Sequence[Run]) -> list[tuple[str, str, list[str]]]:
+    """What experts bring for their FLOPs and how evenly they are used, if any run has them."""
+    if not any(run.is_sparse() for run in runs):
+        return []
+    columns = {
+        "Loss at equal FLOPs (nats/token)": map(units.number, efficiency.losses_at_equal_flops(runs)),
+        "Efficiency leverage (x dense)": map(units.number, efficiency.leverages(runs)),
+        "Busiest expert (load, x uniform)": (units.number(busiest_load(run)) for run in runs),
+        "Router entropy (nats)": (units.number(run.last("pretrain", "moe/entropy")) for run in runs),
+        "Choices dropped": (units.percent(run.last("pretrain", "moe/dropped")) for run in runs),
+        "Dead experts": (units.count(run.last("pretrain", "moe/dead_experts")) for run in runs),
+    }
+    return [("pretrain", label, list(texts)) for label, texts in columns.items()]
+
+
+def busiest_load(run: Run) -> float | None:
+    """Load of the busiest expert of any layer as a multiple of the uniform load, mean of the last tenth of the steps."""
+    loads = run.mean_loads()
+    return max(max(row) for row in loads) if loads else None
 
 
 def ceiling_share(run: Run) -> float | None:

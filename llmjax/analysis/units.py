@@ -21,10 +21,10 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def count(value: float | None) -> str:
-    """A count with an SI letter: 950, 12.3 k, 6.10 M, 1.70 G."""
+    """A count with an SI letter: 950, 12.3 k, 6.10 M, 1.70 G, up to Z for FLOPs."""
     if _absent(value):
         return MISSING
-    for scale, letter in ((1e9, " G"), (1e6, " M"), (1e4, " k")):
+    for scale, letter in ((1e21, " Z"), (1e18, " E"), (1e15, " P"), (1e12, " T"), (1e9, " G"), (1e6, " M"), (1e4, " k")):
         if abs(value) >= scale:
             return number(value / (1e3 if letter == " k" else scale)) + letter
     return f"{value:,.0f}"

@@ -243,7 +243,7 @@ def test_gain_is_in_standard_errors_of_the_difference(tmp_path):
     (units.number(1.2e-9), "1.20e-09"),
     (units.number(float("nan")), "–"), (units.number(-8.7), "-8.70"), (units.number(9.996), "10.0"),
     (units.count(950), "950"), (units.count(12345), "12.3 k"), (units.count(6.1e6), "6.10 M"),
-    (units.count(1.7e9), "1.70 G"), (units.percent(0.918), "91.8 %"), (units.seconds(8.2), "8.2 s"),
+    (units.count(1.7e9), "1.70 G"), (units.count(2.01e12), "2.01 T"), (units.count(3.8e22), "38.0 Z"), (units.percent(0.918), "91.8 %"), (units.seconds(8.2), "8.2 s"),
     (units.seconds(290), "4 min 50 s"), (units.seconds(7500), "2 h 05 min"), (units.seconds(3599.7), "1 h 00 min"),
     (units.with_error(0.8123, 0.011), "0.812 ± 0.011"), (units.with_error(12.3, 1.5), "12.3 ± 1.5"),
     (units.with_error(1.0, None), "1.00"), (units.with_unit("–", "s"), "–"),
