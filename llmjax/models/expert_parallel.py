@@ -7,9 +7,12 @@ be split over `tensor`; their partial sums are added.
 from __future__ import annotations
 
 import math
+from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.lax import ragged_all_to_all
 
 from llmjax import sharding
 from llmjax.models.dispatch import expert_ffn, expert_ffn_slots
@@ -49,37 +52,87 @@ def slot_experts(x_BTD, tokens_BES, weights_BES, gate_EDF, up_EDF, down_EFD, *, 
 def exchanged_experts(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *, act, factor: float):
     """By all-to-all: each token travels to the devices of its experts and back. Returns y and, [B, T], dropped choices.
 
-    A device has room for R rows for each other one: all that could come (factor 0), or `factor` times an even share. XLA's
-    ragged form of the exchange would need no room for the worst case; XLA:CPU has none.
+    A device has room for all rows that could come (factor 0), or for `factor` times an even share. XLA's ragged exchange sends
+    just the rows that there are; XLA:CPU has none, so there every pair of devices exchanges blocks of a fixed size.
     """
+    form = partial(_exchanged, act=act, factor=factor)
+    arrays = x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD
+    padded, ragged = partial(form, exchange=padded_exchange), partial(form, exchange=ragged_exchange)
+    return jax.lax.platform_dependent(*arrays, cpu=padded, default=ragged)
+
+
+def _exchanged(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *, act, factor, exchange):
+    """Sorts choices by the device of their expert, exchanges, serves what arrived, sends back, combines."""
     shards, here = sharding.axis_size("expert"), gate_EDF.shape[0]
     b, t, d = x_BTD.shape
     rows, choices = b * t, ids_BTC.shape[-1]
-    room = rows * min(choices, here)
-    if factor:
-        room = min(room, math.ceil(factor * rows * choices / shards))
     flat = ids_BTC.reshape(-1)
     owner = flat // here  # `shards` for a choice that goes nowhere
     order = jnp.argsort(owner, stable=True)
+    inverse = jnp.zeros_like(order).at[order].set(jnp.arange(order.size))
     counts = jnp.bincount(owner, length=shards + 1)
     starts = jnp.cumsum(counts) - counts
-    place = jnp.zeros_like(order).at[order].set(jnp.arange(order.size)) - starts[owner]
-    fits = (owner < shards) & (place < room)
-    # Room r of shard p holds choice order[starts[p] + r].
-    wanted = starts[:shards, None] + jnp.arange(room)
-    used = jnp.arange(room) < counts[:shards, None]
-    sent = order[jnp.minimum(wanted, order.size - 1)]
-    x_PRD = jnp.where(used[..., None], x_BTD.reshape(rows, d)[sent // choices], 0)
-    ids_PR = jnp.where(used, flat[sent] % here, here)
-    x_PRD, ids_PR = (_all_to_all(a) for a in (x_PRD, ids_PR))
-    ones = jnp.ones((shards * room, 1), weights_BTC.dtype)
-    y_MD = expert_ffn(x_PRD.reshape(-1, d), ids_PR.reshape(-1, 1), ones, gate_EDF, up_EDF, down_EFD, act, rows * choices)
-    y_PRD = _all_to_all(_add_tensor_parts(y_MD).reshape(shards, room, d))
-    at = jnp.minimum(owner, shards - 1) * room + jnp.minimum(place, room - 1)
-    y_MCD = jnp.where(fits[:, None], y_PRD.reshape(-1, d)[at], 0).reshape(rows, choices, d)
-    y_MD = jnp.sum(y_MCD * weights_BTC.reshape(rows, choices, 1).astype(y_MCD.dtype), axis=1)
-    dropped = ((owner < shards) & ~fits).reshape(b, t, choices)
-    return y_MD.reshape(b, t, d), jnp.sum(dropped, axis=-1)
+    outbox = Outbox(x_BTD.reshape(rows, d)[order // choices], flat[order] % here, counts[:shards], starts[:shards])
+    x_ND, ids_N, send_back, sent_P = exchange(outbox, rows * min(choices, here), factor, here)
+    ones = jnp.ones((ids_N.size, 1), weights_BTC.dtype)
+    y_ND = expert_ffn(x_ND, ids_N[:, None], ones, gate_EDF, up_EDF, down_EFD, act, rows * choices)
+    y_MD = send_back(_add_tensor_parts(y_ND))[inverse]
+    y_MCD = y_MD.reshape(rows, choices, d) * weights_BTC.reshape(rows, choices, 1).astype(y_MD.dtype)
+    served = inverse - starts[owner] < jnp.append(sent_P, 0)[owner]
+    dropped = ((owner < shards) & ~served).reshape(b, t, choices)
+    return jnp.sum(jnp.where(served.reshape(rows, choices, 1), y_MCD, 0), axis=1).reshape(b, t, d), jnp.sum(dropped, axis=-1)
+
+
+class Outbox(NamedTuple):
+    """What a device has to send: x [M, D] and local expert ids [M] sorted by destination; counts, starts [P] of each's part."""
+
+    x: Array
+    ids: Array
+    counts: Array
+    starts: Array
+
+
+def padded_exchange(outbox: Outbox, most: int, factor: float, here: int):
+    """Every pair of devices exchanges a block of rows. most: that one device may send to another; here: experts on a device.
+
+    Returns the rows that arrive [N, D], their experts [N] (`here` for none), a function that sends results [N, D] back to
+    where the rows came from [M, D], and how many of each part were sent [P].
+    """
+    x_MD, ids_M, counts_P, starts_P = outbox
+    shards, size = counts_P.size, ids_M.size
+    room = min(most, math.ceil(factor * size / shards)) if factor else most
+    sent_PR = jnp.minimum(starts_P[:, None] + jnp.arange(room), size - 1)
+    used_PR = jnp.arange(room) < counts_P[:, None]
+    x_PRD = _all_to_all(jnp.where(used_PR[..., None], x_MD[sent_PR], 0))
+    ids_PR = _all_to_all(jnp.where(used_PR, ids_M[sent_PR], here))
+
+    def send_back(y_ND):
+        y_PRD = _all_to_all(y_ND.reshape(shards, room, -1))
+        part_M = jnp.searchsorted(starts_P, jnp.arange(size), side="right") - 1
+        place_M = jnp.arange(size) - starts_P[part_M]
+        return y_PRD[part_M, jnp.minimum(place_M, room - 1)]
+
+    return x_PRD.reshape(shards * room, -1), ids_PR.reshape(-1), send_back, jnp.minimum(counts_P, room)
+
+
+def ragged_exchange(outbox: Outbox, most: int, factor: float, here: int):
+    """The same by `lax.ragged_all_to_all`: `factor` bounds what arrives at a device in all; earlier devices come first."""
+    x_MD, ids_M, counts_P, starts_P = outbox
+    shards, size = counts_P.size, ids_M.size
+    room = min(shards * most, math.ceil(factor * size)) if factor else shards * most
+    me = jax.lax.axis_index("expert")
+    sizes_PP, starts_PP = (jax.lax.all_gather(a, "expert") for a in (counts_P, starts_P))  # [from, to]
+    begin_PP = jnp.minimum(jnp.cumsum(sizes_PP, axis=0) - sizes_PP, room)  # where each part arrives
+    sizes_PP = jnp.minimum(sizes_PP, room - begin_PP)
+    there = starts_P, sizes_PP[me], begin_PP[me], sizes_PP[:, me]
+    back = begin_PP[:, me], sizes_PP[:, me], starts_PP[:, me], sizes_PP[me]
+
+    def send(x, like, plan):
+        return ragged_all_to_all(x, like, *(a.astype(jnp.int32) for a in plan), axis_name="expert")
+
+    x_ND = send(x_MD, jnp.zeros((room, x_MD.shape[1]), x_MD.dtype), there)
+    ids_N = send(ids_M, jnp.full(room, here, ids_M.dtype), there)
+    return x_ND, ids_N, lambda y_ND: send(y_ND, jnp.zeros((size, y_ND.shape[1]), y_ND.dtype), back), sizes_PP[me]
 
 
 def _first_expert(experts_here: int) -> Array | int:
@@ -97,8 +150,6 @@ def _reduce_scatter(y: Array) -> Array:
 
 
 def _all_to_all(x: Array) -> Array:
-    if sharding.axis_size("expert") == 1:
-        return x
     return jax.lax.all_to_all(x, "expert", split_axis=0, concat_axis=0, tiled=True)
 
 

@@ -1,0 +1,170 @@
+"""The ragged form of the exchange between expert shards is the layer on one device, in value and gradient.
+
+XLA:CPU has no ragged all-to-all, so that a function of the same signature, made of all-gathers, stands in for it here.
+"""
+
+import dataclasses
+import math
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from llmjax import sharding
+from llmjax.models import expert_parallel
+from llmjax.models.dispatch import expert_ffn_loop
+from llmjax.models.layers import activation
+from llmjax.models.moe import moe_layer, moe_spec
+from llmjax.sharding import MeshConfig
+
+B, T, D, F = 8, 6, 16, 4
+MESHES = {
+    "expert8": dict(expert=8),
+    "expert4-data2": dict(expert=4, data=2),
+    "fsdp2-expert2-tensor2": dict(fsdp=2, expert=2, tensor=2),
+}
+every_mesh = pytest.mark.parametrize("mesh", MESHES)
+SILU = activation("silu", 0.0)
+WRONG = -1000  # in place of the result where the arguments contradict each other
+
+
+def gathered_ragged_all_to_all(operand, output, input_offsets, send_sizes, output_offsets, recv_sizes, *, axis_name):
+    """`jax.lax.ragged_all_to_all`: every device sees everything and picks what is sent to it."""
+    shared = (jax.lax.all_gather(a, axis_name) for a in (operand, input_offsets, send_sizes, output_offsets))
+    operand_SN, from_SP, sizes_SP, to_SP = shared
+    me, row_M = jax.lax.axis_index(axis_name), jnp.arange(output.shape[0])
+    consistent = jnp.all(sizes_SP[:, me] == recv_sizes)
+    for operand_N, start, size, to in zip(operand_SN, from_SP[:, me], sizes_SP[:, me], to_SP[:, me]):
+        consistent &= (start >= 0) & (start + size <= operand.shape[0])
+        consistent &= (to >= 0) & (to + size <= output.shape[0])
+        sent_M = (row_M >= to) & (row_M < to + size)
+        rows = operand_N.at[row_M - to + start].get(mode="clip")
+        output = jnp.where(sent_M.reshape(-1, *[1] * (output.ndim - 1)), rows, output)
+    return jnp.where(consistent, output, WRONG)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Takes the ragged form with the stand-in above; a list of the sizes of its receive buffers."""
+    sizes = []
+
+    def stand_in(operand, output, *args, axis_name):
+        sizes.append(output.shape[0])
+        return gathered_ragged_all_to_all(operand, output, *args, axis_name=axis_name)
+
+    monkeypatch.setattr(expert_parallel, "ragged_all_to_all", stand_in)
+    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    return sizes
+
+
+def chosen(kind: str, experts: int, choices: int) -> np.ndarray:
+    """Distinct experts of each token, [B, T, C]; `experts` stands for none."""
+    rng = np.random.default_rng(experts + choices)
+    scores = rng.gumbel(size=(B, T, experts))
+    if kind == "uneven":
+        scores += 3.0 * rng.normal(size=experts)
+    if kind == "empty":  # every device but the last one, and half of the experts of that
+        scores[..., : -max(choices, experts // 16)] = -np.inf
+    ids = np.argsort(-scores, axis=-1)[..., :choices]
+    if kind == "one":
+        ids[..., 0], ids[..., 1:] = 3, experts
+    ids[rng.random((B, T)) < 0.2] = experts
+    return ids.astype(np.int32)
+
+
+def arrays(experts: int, choices: int):
+    rng = np.random.default_rng(0)
+    shapes = (B, T, D), (B, T, choices), (experts, D, F), (experts, D, F), (experts, F, D)
+    return [jnp.asarray(rng.normal(size=shape) * 0.5, jnp.float32) for shape in shapes]
+
+
+def on_mesh(ids, args, mesh: str, factor: float = 0.0):
+    """((sum of squares of y, dropped [B, T]), gradients of the arrays)."""
+    exchange = partial(expert_parallel.exchanged_experts, act=SILU, factor=factor)
+    mesh = sharding.make_mesh(MeshConfig(**MESHES[mesh]))
+
+    def loss(x, weights, *experts):
+        run = sharding.local(exchange, ["BTD", "BTC", "BTC", "EDF", "EDF", "EFD"], ["BTD", "BT"])
+        y, dropped = run(x, ids, weights, *experts)
+        return jnp.sum(jnp.square(y)), dropped
+
+    with sharding.use_mesh(mesh):
+        return jax.device_get(tiny.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(*args))
+
+
+def on_one_device(ids, args):
+    def loss(x, weights, *experts):
+        flat = (a.reshape(B * T, -1) for a in (x, ids, weights))
+        return jnp.sum(jnp.square(expert_ffn_loop(*flat, *experts, SILU)))
+
+    return jax.device_get(tiny.value_and_grads(loss, *args))
+
+
+@pytest.mark.parametrize("kind", ["even", "uneven", "empty", "one"])
+@pytest.mark.parametrize("experts, choices", [(8, 1), (8, 2), (8, 8), (64, 1), (64, 8)])
+def test_is_the_layer_on_one_device(calls, experts, choices, kind):
+    mesh = "expert4-data2" if (experts, choices) == (8, 2) else "expert8"
+    ids, args = chosen(kind, experts, choices), arrays(experts, choices)
+    (value, dropped), grads = on_mesh(ids, args, mesh)
+    want_value, want_grads = on_one_device(ids, args)
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)
+    tiny.assert_trees_close(grads, want_grads, 1e-5)
+    assert calls and not np.any(dropped)
+
+
+@pytest.mark.parametrize("factor", [0.25, 0.7, 1.0, 100.0])
+@every_mesh
+def test_what_exceeds_the_room_is_dropped_and_counted(calls, mesh, factor):
+    experts, choices = 16, 2
+    ids, args = chosen("uneven", experts, choices), arrays(experts, choices)
+    shards, tensor = MESHES[mesh]["expert"], MESHES[mesh].get("tensor", 1)
+    rows = B // (8 // tensor) * T
+    room = min(shards * rows * min(choices, experts // shards), math.ceil(factor * rows * choices))
+    kept = ids.copy()
+    for group in np.split(kept.reshape(-1), 8 // tensor // shards):  # of devices that exchange with each other, in order
+        for p in range(shards):
+            group[np.flatnonzero(group // (experts // shards) == p)[room:]] = experts
+    (value, dropped), grads = on_mesh(ids, args, mesh, factor)
+    want_value, want_grads = on_one_device(kept, args)
+    np.testing.assert_array_equal(dropped, np.sum(kept != ids, axis=-1))
+    np.testing.assert_allclose(value, want_value, rtol=1e-5)
+    tiny.assert_trees_close(grads, want_grads, 1e-5)
+    assert (factor < 1) <= np.any(dropped) and room in calls and (factor < 100 or not np.any(dropped))
+
+
+def layer_on_mesh(cfg, mesh):
+    """(sum of squares of y, gradients of weights and x) of a random layer."""
+    w, x = tiny.draw(moe_spec(cfg)), arrays(cfg.moe.num_experts, 1)[0]
+    segments = np.ones((B, T), np.int32)
+
+    def loss(w, x, segments):
+        return jnp.sum(jnp.square(moe_layer(w, x, segments, cfg)[0]))
+
+    with sharding.use_mesh(mesh):
+        batch = sharding.put_batch({"x": np.asarray(x), "segments": segments}, mesh)
+        run = tiny.jit(jax.value_and_grad(loss, argnums=(0, 1)))
+        return jax.device_get(run(w, batch["x"], batch["segments"]))
+
+
+def layer_config(**fields):
+    moe = dataclasses.replace(tiny.SPARSE.moe, num_experts=16, top_k=2, **fields)
+    return dataclasses.replace(tiny.SPARSE, embed_dim=D, moe=moe)
+
+
+@pytest.mark.parametrize("mode", ["auto", "explicit"])
+@every_mesh
+def test_a_layer_takes_it_where_the_mesh_is_not_of_cpus(calls, mesh, mode):
+    mesh = sharding.make_mesh(MeshConfig(**MESHES[mesh], mode=mode))
+    got = layer_on_mesh(layer_config(expert_parallel="all_to_all"), mesh)
+    tiny.assert_trees_close(got, layer_on_mesh(layer_config(), None), 1e-5)
+    assert calls
+
+
+@pytest.mark.skipif(jax.default_backend() == "cpu", reason="XLA:CPU has no ragged all-to-all")
+def test_the_real_exchange():
+    mesh = sharding.make_mesh(MeshConfig(expert=len(jax.devices())))
+    got = layer_on_mesh(layer_config(expert_parallel="all_to_all"), mesh)
+    tiny.assert_trees_close(got, layer_on_mesh(layer_config(), None), 1e-2)
