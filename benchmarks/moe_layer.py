@@ -2,7 +2,7 @@
 
     pip install -e ".[bench]" && python benchmarks/moe_layer.py --check
 
-d = 512, 1,024 hidden units an expert, 4,096 tokens, float32, gradients of the input, the router and the experts. Printed for
+d = 512, 1,024 hidden units an expert, 4,096 tokens, float32, value and gradients of input, router and experts. Printed for
 each number of experts and choices: CPU time as a multiple of one dense SwiGLU layer of hidden width top_k * 1,024 (the floor),
 and median wall milliseconds; for the dropless layer, the one with a capacity (factor 1.25), `lax.ragged_dot` (8 experts only:
 it does the work of all of them), and the peer's block in its two implementations. Each side lives in a process of its own and
