@@ -31,6 +31,9 @@ FAMILIES = {
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0}})),
     "mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
     "qwen3_moe": ("Qwen3Moe", dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=20, norm_topk_prob=True)),
+    "qwen3_moe-every": ("Qwen3Moe", dict(
+        num_experts=8, num_experts_per_tok=3, moe_intermediate_size=20, norm_topk_prob=True, decoder_sparse_step=2,
+        num_hidden_layers=5)),
     "olmoe": ("Olmoe", dict(num_experts=8, num_experts_per_tok=3, head_dim=8, norm_topk_prob=False)),
     "deepseek_v2": ("DeepseekV2", DEEPSEEK | dict(
         q_lora_rank=None, n_shared_experts=2, topk_method="group_limited_greedy", routed_scaling_factor=4.0)),

@@ -67,7 +67,7 @@ def _refuse(hf: dict[str, Any], family: str, where: str) -> None:
         "mlp_bias": not hf.get("mlp_bias"),
         "clip_qkv": hf.get("clip_qkv") is None,
         "mlp_only_layers": not hf.get("mlp_only_layers"),
-        "decoder_sparse_step": hf.get("decoder_sparse_step", 1) == 1,
+        "decoder_sparse_step": family == "qwen3_moe" or hf.get("decoder_sparse_step", 1) == 1,
         "partial_rotary_factor": hf.get("partial_rotary_factor", 1.0) == 1.0,
         "use_sliding_window": not (family.startswith("qwen") and hf.get("use_sliding_window")),
         "use_bidirectional_attention": not hf.get("use_bidirectional_attention"),
@@ -150,7 +150,7 @@ def _softmax_moe(hf):
         moe=MoEConfig(
             experts, hf["num_experts_per_tok"], hf.get("moe_intermediate_size") or hf["intermediate_size"],
             renormalize=hf.get("norm_topk_prob", False), load_balance_coef=hf.get("router_aux_loss_coef", 0.001),
-            z_loss_coef=0.0,
+            z_loss_coef=0.0, every=hf.get("decoder_sparse_step", 1),
         ),
     )  # fmt: skip
 
@@ -229,7 +229,7 @@ def _canonical(cfg: ModelConfig) -> ModelConfig:
         changes["rope_scaling"] = RopeScaling("linear", factor=cfg.rope_scaling.factor)
     if cfg.moe is not None:
         changes["moe"] = replace(cfg.moe, load_balance_coef=0.0, z_loss_coef=0.0)
-        if not cfg.moe.first_k_dense:
+        if not cfg.num_dense_layers:
             changes["mlp_dim"] = 1
     return replace(cfg, **changes)
 
@@ -283,7 +283,7 @@ def hf_config(cfg: ModelConfig, family: str, source: dict[str, Any] | None = Non
             out |= dict(num_experts=moe.num_experts, num_local_experts=moe.num_experts)
             out["moe_intermediate_size"] = out["intermediate_size"] = moe.mlp_dim
             if family == "qwen3_moe":
-                out["intermediate_size"] = cfg.mlp_dim
+                out |= dict(intermediate_size=cfg.mlp_dim, decoder_sparse_step=moe.every)
     out["dtype"] = out["torch_dtype"] = cfg.dtype
     return out
 

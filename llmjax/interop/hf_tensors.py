@@ -16,7 +16,7 @@ import numpy as np
 
 from llmjax.models.config import ModelConfig
 from llmjax.models.spec import ParamSpec, is_spec
-from llmjax.models.transformer import transformer_spec
+from llmjax.models.transformer import layer_rows, transformer_spec
 
 Leaf = str  # dotted path of a leaf of `Params`, e.g. "blocks.attention.q"
 
@@ -119,11 +119,8 @@ def tensor_map(cfg: ModelConfig, family: str) -> dict[str, Place]:
         # Copies of the main model's, as they are published.
         out[f"{prefix}embed_tokens.weight"] = _one("embed", (), SAME)
         out[f"{prefix}shared_head.head.weight"] = _one("embed" if cfg.tie_embeddings else "head", (), SAME)
-    for layer in range(cfg.num_layers):
-        dense = layer < cfg.num_dense_layers
-        stack = "dense_blocks" if dense else "blocks"
-        row = layer if dense else layer - cfg.num_dense_layers
-        for name, parts, form in _layer(cfg, family, sparse=cfg.moe is not None and not dense):
+    for layer, (stack, row) in enumerate(layer_rows(cfg)):
+        for name, parts, form in _layer(cfg, family, cfg.sparse_layers[layer]):
             place = Place(tuple((f"{stack}.{leaf}", (row, *index)) for leaf, index in parts), form)
             out[f"model.layers.{layer}.{name}"] = place
     return out

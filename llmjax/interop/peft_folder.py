@@ -99,8 +99,9 @@ def _matrices(cfg: ModelConfig, family: str) -> Iterator[_Pair]:
 
 def _experts(cfg: ModelConfig, family: str) -> Iterator[tuple[_Pair, _Pair]]:
     """The two parameters of each sparse layer, named as when both are adapted: the first then lies within the second."""
-    for row in range(0 if cfg.moe is None else cfg.num_layers - cfg.num_dense_layers):
-        name = f"model.layers.{row + cfg.num_dense_layers}.mlp.experts"
+    sparse = [layer for layer, has_experts in enumerate(cfg.sparse_layers) if has_experts]
+    for row, layer in enumerate(sparse):
+        name = f"model.layers.{layer}.mlp.experts"
         hidden = (("blocks.mlp.gate", (row,)), ("blocks.mlp.up", (row,)))
         joined, num = INTERLEAVED if family == "gpt_oss" else _HALVES, cfg.moe.num_experts
         down = _Pair(f"{name}.down_proj", name, (("blocks.mlp.down", (row,)),), _ALONE, num)

@@ -36,6 +36,7 @@ class MoEConfig:
         is worth its best score, with selection_bias the sum of its two best (arXiv:2412.19437, section 2.1.2).
     shared_mlp_dim: hidden width of the experts that every token passes besides, 0 for none. first_k_dense: that many
         layers at the bottom are dense. expert_bias: biases on the experts' matrices (gpt-oss).
+    every: above those, every n-th layer is sparse and the others are dense (GShard has 2, arXiv:2006.16668).
     load_balance_coef: weight of the load-balancing loss, which is 1 per layer at perfect balance (Fedus et al. 2021,
         arXiv:2101.03961, eq. 4, divided by top_k).
     z_loss_coef: weight of the router z-loss (Zoph et al. 2022, arXiv:2202.08906, eq. 5).
@@ -64,6 +65,7 @@ class MoEConfig:
     expert_parallel: Literal["all_gather", "all_to_all"] = "all_gather"
     exchange_factor: float = 0.0
     sequence_balance_coef: float = 0.0
+    every: int = 1
 
     @property
     def has_slots(self) -> bool:
@@ -78,8 +80,9 @@ class MoEConfig:
             raise UserError(
                 "top_k=1 with renormalize=True makes every gate 1, so the router gets no gradient; set renormalize=False"
             )
-        if self.mlp_dim < 1:
-            raise UserError(f"mlp_dim={self.mlp_dim} must be positive")
+        for name in ("mlp_dim", "every"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}={getattr(self, name)} must be positive")
         for name in ("shared_mlp_dim", "first_k_dense"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}={getattr(self, name)} must be 0 or more")
@@ -228,9 +231,17 @@ class ModelConfig:
         return self.head_dim if self.mla is None else self.mla.rope_dim
 
     @property
+    def sparse_layers(self) -> tuple[bool, ...]:
+        """Which layers have experts: none in a dense model."""
+        if self.moe is None:
+            return (False,) * self.num_layers
+        above = (layer - self.moe.first_k_dense + 1 for layer in range(self.num_layers))
+        return tuple(n > 0 and n % self.moe.every == 0 for n in above)
+
+    @property
     def num_dense_layers(self) -> int:
-        """Layers at the bottom that are dense although the others are sparse; 0 in a dense model."""
-        return 0 if self.moe is None else self.moe.first_k_dense
+        """Layers of a sparse model that are dense; 0 in a dense model."""
+        return 0 if self.moe is None else self.sparse_layers.count(False)
 
     @property
     def windows(self) -> tuple[int, ...]:
@@ -260,8 +271,9 @@ class ModelConfig:
                 raise UserError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.global_every and not self.sliding_window:
             raise UserError(f"global_every={self.global_every} needs a sliding_window for the layers between")
-        if self.num_dense_layers >= self.num_layers:
-            raise UserError(f"moe.first_k_dense={self.num_dense_layers} leaves no sparse layer of num_layers={self.num_layers}")
+        if self.moe is not None and self.moe.first_k_dense + self.moe.every > self.num_layers:
+            below = f"moe.first_k_dense={self.moe.first_k_dense} and moe.every={self.moe.every}"
+            raise UserError(f"{below} leave no sparse layer of num_layers={self.num_layers}; their sum must not exceed it")
         if self.mla is not None:
             plain = dict(qk_norm="none", attention_sinks=False, qkv_bias=False, out_bias=False)
             for name, value in plain.items():

@@ -48,8 +48,8 @@ class Mtp:
 class Params:
     """embed [V, D]; blocks stacked [L, ...]; final_norm [D]; head [V, D], or None when tied to embed.
 
-    dense_blocks: the dense layers below the sparse ones (`MoEConfig.first_k_dense`), stacked, or None. mtp: modules for
-    multi-token prediction (`ModelConfig.num_mtp_layers`), or None.
+    dense_blocks: the dense layers of a sparse model (`MoEConfig.first_k_dense`, `every`), stacked, or None; blocks are then
+    the sparse ones. mtp: modules for multi-token prediction (`ModelConfig.num_mtp_layers`), or None.
     """
 
     embed: Array
@@ -89,6 +89,12 @@ def transformer_spec(cfg: ModelConfig) -> Params:
     )
 
 
+def layer_rows(cfg: ModelConfig) -> list[tuple[str, int]]:
+    """Where each layer lies in `Params`: the name of its stack and the row in it."""
+    names = ["blocks" if cfg.moe is None or sparse else "dense_blocks" for sparse in cfg.sparse_layers]
+    return [(name, names[:layer].count(name)) for layer, name in enumerate(names)]
+
+
 def hidden_states(
     params: Params,
     tokens_BT: Int[Array, "B T"],
@@ -100,7 +106,7 @@ def hidden_states(
     routes: Int[Array, "L B T C"] | None = None,
     key: PRNGKeyArray | None = None,
 ) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...] | None, RouterStats | None]:
-    """Everything but the head: normalised hidden states, the updated cache, router statistics stacked over layers.
+    """Everything but the head: normalised hidden states, the updated cache, router statistics stacked over sparse layers.
 
     positions: for RoPE, default 0..T-1. segment_ids: default all 1; 0 is padding, others attend only to their own.
     With a cache, tokens are appended to it, and positions must be given. routes: `RouterStats.routes` of an earlier pass, to
@@ -121,16 +127,16 @@ def hidden_states(
     ropes = _rope_tables(positions_BT, cfg)
     caches, stats = [], None
     first = 0
-    for blocks in (params.dense_blocks, params.blocks):
-        if blocks is None:
-            continue
-        sparse = blocks is params.blocks
-        depth = cfg.num_layers - cfg.num_dense_layers if sparse else cfg.num_dense_layers
+    for blocks, below, depth in _runs(params, cfg):
         own = None if cache is None else cache[first : first + depth]
         windows = cfg.windows[first : first + depth]
-        router = RouterInputs(tokens_BT, routes if sparse else None, None if key is None else jax.random.split(key, depth))
-        x_BTD, own, stats = _run_blocks(blocks, x_BTD, windows, ropes, segment_ids_BT, own, cfg, router)
+        router = RouterInputs(tokens_BT, None, None)
+        if blocks is params.blocks:
+            keys = None if key is None else jax.random.split(key, cfg.num_layers - cfg.num_dense_layers)
+            router = RouterInputs(tokens_BT, routes, keys)
+        x_BTD, own, new = _run_blocks(blocks, below, x_BTD, windows, ropes, segment_ids_BT, own, cfg, router)
         caches.extend(own or ())
+        stats = stats if new is None else new
         first += depth
     x_BTD = rms_norm(x_BTD, params.final_norm, cfg.norm_eps, cfg.norm_offset)
     return x_BTD, None if cache is None else tuple(caches), stats
@@ -159,7 +165,7 @@ def mtp_hidden_states(
     ropes = _rope_tables(positions_BT, cfg)
     router = RouterInputs(next_tokens_BT, None, None)
     x_BTD = sharding.constrain(x_BTD, "BTD")
-    x_BTD, _, stats = _run_blocks(w.block, x_BTD, (UNLIMITED,), ropes, segment_ids_BT, None, cfg, router)
+    x_BTD, _, stats = _run_blocks(w.block, None, x_BTD, (UNLIMITED,), ropes, segment_ids_BT, None, cfg, router)
     return rms_norm(x_BTD, w.final_norm[0], cfg.norm_eps, cfg.norm_offset), stats
 
 
@@ -178,8 +184,24 @@ class RouterInputs:
     keys: PRNGKeyArray | None
 
 
-def _run_blocks(blocks: Block, x_BTD, windows, ropes, segment_ids_BT, cache, cfg: ModelConfig, router: RouterInputs):
-    """A stack of blocks of one structure: (x, caches of its layers or None, router statistics stacked or None)."""
+def _runs(params: Params, cfg: ModelConfig) -> list[tuple[Block, Block | None, int]]:
+    """The layers in order as runs of groups alike: (the last block of each group, the dense ones below it in each group or
+    None, number of layers)."""
+    if cfg.moe is None:
+        return [(params.blocks, None, cfg.num_layers)]
+    groups, first = cfg.sparse_layers.count(True), cfg.moe.first_k_dense
+    between = groups * (cfg.moe.every - 1)
+    last = cfg.num_dense_layers - first - between
+    bottom, below, top = params.dense_blocks, None, None
+    if cfg.moe.every > 1:
+        bottom, below, top = _cut(params.dense_blocks, (first, between, last))
+    runs = [(bottom, None, first), (params.blocks, below, groups + between), (top, None, last)]
+    return [run for run in runs if run[2]]
+
+
+def _run_blocks(blocks: Block, below: Block | None, x_BTD, windows, ropes, segment_ids_BT, cache, cfg: ModelConfig, router):
+    """Groups of blocks, `cfg.moe.every` - 1 rows of the dense `below`, or none, and a row of `blocks` each: (x, caches of the
+    layers or None, router statistics stacked or None)."""
 
     def block(x_BTD, w, window, layer_cache, routes, key):
         y_BTD = rms_norm(x_BTD, w.attention_norm, cfg.norm_eps, cfg.norm_offset)
@@ -195,25 +217,38 @@ def _run_blocks(blocks: Block, x_BTD, windows, ropes, segment_ids_BT, cache, cfg
             y_BTD, stats = moe_layer(w.mlp, y_BTD, segment_ids_BT, cfg, **options)
         return x_BTD + _post_norm(y_BTD, w.mlp_post_norm, cfg), layer_cache, stats
 
-    if cfg.remat and cache is None:
-        uniform = len(set(windows)) == 1 or not _use_scan(cfg)
-        block = jax.checkpoint(block, static_argnums=(2,) if uniform else ())
-    if cache is None and _use_scan(cfg):
-        same = windows[0] if len(set(windows)) == 1 else None
+    def group(x_BTD, blocks, windows, caches, routes, key):
+        new_caches = []  # statistics are those of the last block: the dense ones below it have none
+        for w, window, layer_cache in zip(blocks, windows, caches):
+            x_BTD, layer_cache, stats = block(x_BTD, w, window, layer_cache, routes, key)
+            new_caches.append(layer_cache)
+        return x_BTD, new_caches, stats
 
-        def step(x_BTD, layer):
-            w, window, *extra = layer
-            x_BTD, _, stats = block(x_BTD, w, window if same is None else same, None, *extra)
+    size = 1 if below is None else cfg.moe.every
+    groups = len(windows) // size
+    periodic = windows == windows[:size] * groups
+    if cfg.remat and cache is None:
+        block = jax.checkpoint(block, static_argnums=(2,) if periodic or not _use_scan(cfg) else ())
+    if cache is None and _use_scan(cfg):
+
+        def step(x_BTD, layers):
+            below, w, changing, routes, key = layers
+            own = [*_unstack(below, size - 1), w]
+            x_BTD, _, stats = group(x_BTD, own, windows[:size] if periodic else changing, [None] * size, routes, key)
             return x_BTD, stats
 
-        changing = None if same is not None else jnp.asarray(windows)
-        x_BTD, stats = jax.lax.scan(step, x_BTD, (blocks, changing, router.routes, router.keys))
+        below = jax.tree.map(lambda leaf: leaf.reshape(groups, size - 1, *leaf.shape[1:]), below)
+        changing = None if periodic else jnp.asarray(windows).reshape(groups, size)
+        x_BTD, stats = jax.lax.scan(step, x_BTD, (below, blocks, changing, router.routes, router.keys))
         return x_BTD, None, stats
-    caches, all_stats = [], []
-    for i, w in enumerate(_unstack(blocks, len(windows))):
-        own = (None if every is None else every[i] for every in (cache, router.routes, router.keys))
-        x_BTD, layer_cache, stats = block(x_BTD, w, windows[i], *own)
-        caches.append(layer_cache)
+    below, caches, all_stats = _unstack(below, groups * (size - 1)), [], []
+    for i, w in enumerate(_unstack(blocks, groups)):
+        own = [*below[i * (size - 1) : (i + 1) * (size - 1)], w]
+        layers = slice(i * size, (i + 1) * size)
+        old = [None] * size if cache is None else cache[layers]
+        extra = (None if every is None else every[i] for every in (router.routes, router.keys))
+        x_BTD, new, stats = group(x_BTD, own, windows[layers], old, *extra)
+        caches.extend(new)
         all_stats.append(stats)
     stats = None if all_stats[0] is None else jax.tree.map(lambda *s: jnp.stack(s), *all_stats)
     return x_BTD, None if cache is None else tuple(caches), stats
@@ -257,11 +292,18 @@ def _use_scan(cfg: ModelConfig) -> bool:
     return cfg.layer_loop == "scan"
 
 
-def _unstack(blocks: Block, num_layers: int) -> list[Block]:
-    """The blocks one by one. By `lax.split`, whose gradient is one concatenation instead of a sum of padded arrays."""
+def _unstack(blocks: Block | None, num_layers: int) -> list[Block]:
+    """The blocks one by one."""
+    if blocks is None:
+        return []
+    return [jax.tree.map(lambda leaf: leaf[0], row) for row in _cut(blocks, (1,) * num_layers)]
+
+
+def _cut(blocks: Block, depths: tuple[int, ...]) -> list[Block]:
+    """Stacks of these depths. By `lax.split`, whose gradient is one concatenation instead of a sum of padded arrays."""
     leaves, tree = jax.tree.flatten(blocks)
-    pieces = [[p[0] for p in jax.lax.split(leaf, [1] * num_layers, axis=0)] for leaf in leaves]
-    return [tree.unflatten([piece[i] for piece in pieces]) for i in range(num_layers)]
+    pieces = [jax.lax.split(leaf, depths, axis=0) for leaf in leaves]
+    return [tree.unflatten([piece[i] for piece in pieces]) for i in range(len(depths))]
 
 
 def with_updated_selection_bias(params: Params, load_LE: Float[Array, "L E"], cfg: ModelConfig) -> Params:

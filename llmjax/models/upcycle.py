@@ -33,7 +33,7 @@ def upcycle(
         raise UserError("the model is sparse already; only a dense one can be upcycled")
     if cfg.num_mtp_layers:
         raise UserError("a model with modules for multi-token prediction cannot be upcycled; leave them out")
-    if moe.mlp_dim != cfg.mlp_dim or moe.first_k_dense or moe.shared_mlp_dim or moe.expert_bias:
+    if moe.mlp_dim != cfg.mlp_dim or moe.first_k_dense or moe.every > 1 or moe.shared_mlp_dim or moe.expert_bias:
         raise UserError(f"an upcycled model has experts of the dense width alone: mlp_dim={cfg.mlp_dim} in every layer")
     if not moe.renormalize or moe.routed_scaling != 1.0:
         raise UserError("an upcycled model needs renormalize=True and routed_scaling=1, so that gate weights sum to one")

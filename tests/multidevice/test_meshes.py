@@ -87,6 +87,7 @@ DISPATCHES = {
     "experts-choose": sparse(router="expert_choice"),
     "hash": sparse(router="hash"),
     "noise": sparse(router_noise=2.0, router_jitter=0.3),
+    "interleaved": dataclasses.replace(sparse(every=2, first_k_dense=1), num_layers=4),
 }
 MODELS = tiny.MODELS | FAMILIES | DISPATCHES
 
@@ -158,7 +159,7 @@ def test_loss_metrics_and_gradients(name, mesh, mode, model, loop):
 
 
 @pytest.mark.parametrize("mode, loop", [("auto", "unroll"), ("explicit", "unroll"), ("auto", "scan"), ("explicit", "scan")])
-@pytest.mark.parametrize("model", FAMILIES)
+@pytest.mark.parametrize("model", [*FAMILIES, "interleaved"])
 def test_families(model, mode, loop):
     test_loss_metrics_and_gradients("lm", EVERY_KIND, mode, model, loop)
 
