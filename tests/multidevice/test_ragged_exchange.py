@@ -1,9 +1,8 @@
-"""The ragged form of the exchange between expert shards is the layer on one device, in value and gradient.
+"""The ragged exchange alone, on chosen routes: value and gradients, also of what is left when some is dropped.
 
-XLA:CPU has no ragged all-to-all, so that a function of the same signature, made of all-gathers, stands in for it here.
+Like test_exchange.py with a stand-in for XLA's ragged all-to-all; this one also checks that sizes and offsets fit together.
 """
 
-import dataclasses
 import math
 from functools import partial
 
@@ -17,7 +16,6 @@ from llmjax import sharding
 from llmjax.models import expert_parallel
 from llmjax.models.dispatch import expert_ffn_loop
 from llmjax.models.layers import activation
-from llmjax.models.moe import moe_layer, moe_spec
 from llmjax.sharding import MeshConfig
 
 B, T, D, F = 8, 6, 16, 4
@@ -56,7 +54,7 @@ def calls(monkeypatch):
         return gathered_ragged_all_to_all(operand, output, *args, axis_name=axis_name)
 
     monkeypatch.setattr(expert_parallel, "ragged_all_to_all", stand_in)
-    monkeypatch.setattr(sharding, "platform", lambda: "tpu")
+    monkeypatch.setattr(expert_parallel, "padded_exchange", expert_parallel.ragged_exchange)
     return sizes
 
 
@@ -133,38 +131,3 @@ def test_what_exceeds_the_room_is_dropped_and_counted(calls, mesh, factor):
     np.testing.assert_allclose(value, want_value, rtol=1e-5)
     tiny.assert_trees_close(grads, want_grads, 1e-5)
     assert (factor < 1) <= np.any(dropped) and room in calls and (factor < 100 or not np.any(dropped))
-
-
-def layer_on_mesh(cfg, mesh):
-    """(sum of squares of y, gradients of weights and x) of a random layer."""
-    w, x = tiny.draw(moe_spec(cfg)), arrays(cfg.moe.num_experts, 1)[0]
-    segments = np.ones((B, T), np.int32)
-
-    def loss(w, x, segments):
-        return jnp.sum(jnp.square(moe_layer(w, x, segments, cfg)[0]))
-
-    with sharding.use_mesh(mesh):
-        batch = sharding.put_batch({"x": np.asarray(x), "segments": segments}, mesh)
-        run = tiny.jit(jax.value_and_grad(loss, argnums=(0, 1)))
-        return jax.device_get(run(w, batch["x"], batch["segments"]))
-
-
-def layer_config(**fields):
-    moe = dataclasses.replace(tiny.SPARSE.moe, num_experts=16, top_k=2, **fields)
-    return dataclasses.replace(tiny.SPARSE, embed_dim=D, moe=moe)
-
-
-@pytest.mark.parametrize("mode", ["auto", "explicit"])
-@every_mesh
-def test_a_layer_takes_it_where_the_mesh_is_not_of_cpus(calls, mesh, mode):
-    mesh = sharding.make_mesh(MeshConfig(**MESHES[mesh], mode=mode))
-    got = layer_on_mesh(layer_config(expert_parallel="all_to_all"), mesh)
-    tiny.assert_trees_close(got, layer_on_mesh(layer_config(), None), 1e-5)
-    assert calls
-
-
-@pytest.mark.skipif(jax.default_backend() == "cpu", reason="XLA:CPU has no ragged all-to-all")
-def test_the_real_exchange():
-    mesh = sharding.make_mesh(MeshConfig(expert=len(jax.devices())))
-    got = layer_on_mesh(layer_config(expert_parallel="all_to_all"), mesh)
-    tiny.assert_trees_close(got, layer_on_mesh(layer_config(), None), 1e-2)
