@@ -1,4 +1,4 @@
-"""The exchange of tokens by ragged all-to-all. XLA:CPU has none, so its arithmetic is tested with a stand-in of the same meaning."""
+"""Layers that exchange tokens by ragged all-to-all. XLA:CPU has none: a stand-in of the same meaning takes its place."""
 
 import dataclasses
 

@@ -1,11 +1,11 @@
 """What must hold for every sparse layer. The 29 invariants carry their numbers in the names of their tests, here and in the
 files beside this one (dispatch forms, meshes, published models); the last test here sees that none is missing.
 
-Routing: 1 sum of the weights; 2 order of softmax and top-k; 3 selection bias; 4 groups; 5 ties; 6 one renormalised choice; 7 all
-experts. Layer: 8 order of the tokens; 9 equal experts; 10 the loop over experts; 11 forms among each other; 12 neighbours and
-decoding; 13 padding; 14 capacity; 15 expert choice. Losses: 16 balance; 17 z; 18 layers and sequences; 19 shards; 20 moves of the
-bias. 21 statistics. Meshes: 22 expert parallel; 23 with other axes; 24 ragged exchange. Models of others: 25 there and back; 26
-what would be wrong. Reinforcement learning: 27 replay; 28 log-probs. 29 counts.
+Routing: 1 sum of the weights; 2 order of softmax and top-k; 3 selection bias; 4 groups; 5 ties; 6 one renormalised choice;
+7 all experts. Layer: 8 order of the tokens; 9 equal experts; 10 the loop over experts; 11 forms among each other; 12
+neighbours and decoding; 13 padding; 14 capacity; 15 expert choice. Losses: 16 balance; 17 z; 18 layers and sequences; 19
+shards; 20 moves of the bias. 21 statistics. Meshes: 22 expert parallel; 23 with other axes; 24 ragged exchange. Models of
+others: 25 there and back; 26 what would be wrong. Reinforcement learning: 27 replay; 28 log-probs. 29 counts.
 """
 
 import dataclasses
