@@ -25,7 +25,8 @@ class MoEConfig:
         the batch falls by this much, and that of one with less rises (arXiv:2408.15664, algorithm 1).
     expert_parallel: over the mesh axis `expert`, tokens are exchanged by "all_gather" (each device sees all of them) or by
         "all_to_all" (each sends its tokens to where their experts are). exchange_factor: 0 for room for the worst case in that
-        exchange; else room for that many times an even share, and what does not fit is dropped and counted.
+        exchange; else room for that many times an even share (from each device on CPU, from all together where the backend
+        has a ragged exchange), and what does not fit is dropped and counted.
     sequence_balance_coef: weight of the load-balancing loss taken in each sequence by itself (arXiv:2412.19437, eq. 17).
     scoring: scores are the softmax over experts, or a sigmoid of each (DeepSeek-V3, arXiv:2412.19437, eq. 15).
     renormalize: the chosen scores are divided by their sum (Mixtral); else used as they are (OLMoE).
