@@ -42,7 +42,7 @@ def get_config(arg: str = "quickstart") -> Study:
         name, _, size = arg.partition(",")
         if name not in STUDIES or size not in ("", "test"):
             raise ValueError(
-                f"unknown argument {arg!r}; there is quickstart, test, {' and '.join(STUDIES)}, the last "
+                f"unknown argument {arg!r}; there is quickstart, test, {', '.join(STUDIES)}, the last "
                 f"{len(STUDIES)} also with ,test behind"
             )
         runs = {run: replace(config, name=f"{name}-{run}") for run, config in STUDIES[name](pretraining(size)).items()}
