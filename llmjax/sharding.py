@@ -85,9 +85,7 @@ def make_mesh(cfg: MeshConfig) -> Mesh | None:
     devices = jax.devices()
     if cfg.size > len(devices):
         cpu = f"; on CPU add --cpu_devices={cfg.size}" if devices[0].platform == "cpu" else ""
-        raise UserError(
-            f"mesh: {cfg.describe()} needs {cfg.size} devices, {len(devices)} found; lower --config.mesh.*{cpu}"
-        )
+        raise UserError(f"mesh: {cfg.describe()} needs {cfg.size} devices, {len(devices)} found; lower --config.mesh.*{cpu}")
     kind = AxisType.Explicit if cfg.mode == "explicit" else AxisType.Auto
     return jax.make_mesh(cfg.shape, MESH_AXES, axis_types=(kind,) * len(MESH_AXES), devices=devices[: cfg.size])
 
@@ -95,6 +93,12 @@ def make_mesh(cfg: MeshConfig) -> Mesh | None:
 def use_mesh(mesh: Mesh | None):
     """Context in which the helpers below see `mesh` (no-op for None)."""
     return contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh)
+
+
+def platform() -> str:
+    """What is computed on, such as "cpu" or "tpu": where the mesh in use is, without one JAX's default."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
 
 
 def check_batch(name: str, batch_size: int, cfg: MeshConfig) -> None:

@@ -110,7 +110,7 @@ def _scale(cfg: ModelConfig) -> float:
 
 def attend_sequence(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, cfg: ModelConfig, window=UNLIMITED, sinks_N=None):
     """A whole sequence attends to itself: [B, T, N, width of v]."""
-    blocked = jax.default_backend() == "cpu" and not cfg.attention_softcap and sinks_N is None
+    blocked = sharding.platform() == "cpu" and not cfg.attention_softcap and sinks_N is None
 
     def local(q, k, v, segments, window, sinks):
         if blocked:

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from llmjax import sharding
 from llmjax.models.layers import activation
 from llmjax.typing import Array, Float, Int
 
@@ -48,7 +49,7 @@ def expert_ffn(
     num_experts = gate_EDF.shape[0]
     weights_TC = weights_TC.astype(x_TD.dtype)
     experts = tuple(w.astype(x_TD.dtype) for w in (gate_EDF, up_EDF, down_EFD))
-    if jax.default_backend() == "tpu":
+    if sharding.platform() == "tpu":
         return expert_ffn_ragged(x_TD, expert_ids_TC, weights_TC, *experts, act)
     form = block_form(expected_rows or expert_ids_TC.size, num_experts)
     return expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, *experts, *form, act)
@@ -103,8 +104,8 @@ def block_form(num_rows: int, num_experts: int) -> tuple[int, tuple[int, ...]]:
     mean = num_rows / num_experts
     if mean < 8:  # as in decoding: most experts have nothing to do, and their weights should not even be read
         return 0, (64, 16, 4)
-    share = 1.0625 if mean >= 512 else 1.125
-    return 8 * math.ceil(share * mean / 8), (128, 32)
+    spare = mean / 8 if mean < 512 else 16  # a block that reads its weights again costs about as much as 80 spare rows
+    return 8 * math.ceil((mean + spare) / 8), (128, 32) if mean >= 256 else (64, 16)
 
 
 def _sort_by_expert(expert_ids_TC: Array, num_experts: int) -> tuple[Array, Array, Array]:
@@ -176,6 +177,15 @@ def _for_each_block(plan: Plan, lead: int, sizes: tuple[int, ...], body, carry):
     return carry
 
 
+def _up_products(x_ESD: Array, *weights_EDF: Array) -> list[Array]:
+    """x @ w for each of the weights."""
+    if x_ESD.shape[0] < 64 or sharding.platform() != "cpu":
+        return [jnp.matmul(x_ESD, w) for w in weights_EDF]
+    # With so many experts YNNPACK is slow; XLA:CPU leaves a product whose left side is transposed to Eigen.
+    x_EDS = jax.lax.optimization_barrier(x_ESD.swapaxes(1, 2))
+    return [jnp.einsum("eds,edf->esf", x_EDS, w) for w in weights_EDF]
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, lead, sizes, act=_silu):
     """The same by batched products of the first `lead` rows of all experts and loops over the rest in blocks of `sizes` rows
@@ -189,7 +199,7 @@ def _blocks_fwd(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, lea
     y_TD, saved = jnp.zeros((x_TD.shape[0], down_EFD.shape[2]), x_TD.dtype), None
     if lead:
         x_ESD = _take(x_TD, plan.leading // choices)
-        g_ESF, u_ESF = jnp.matmul(x_ESD, gate_EDF), jnp.matmul(x_ESD, up_EDF)
+        g_ESF, u_ESF = _up_products(x_ESD, gate_EDF, up_EDF)
         y_ESD = jnp.matmul(act(g_ESF, u_ESF), down_EFD)
         saved = g_ESF, u_ESF, y_ESD
         y_TD = sum(y_TD * weight_T[:, None] for y_TD, weight_T in zip(_by_choice(y_ESD, plan), weights_TC.T))

@@ -7,7 +7,6 @@ be split over `tensor`; their partial sums are added.
 from __future__ import annotations
 
 import math
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -55,14 +54,7 @@ def exchanged_experts(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *
     A device has room for all rows that could come (factor 0), or for `factor` times an even share. XLA's ragged exchange sends
     just the rows that there are; XLA:CPU has none, so there every pair of devices exchanges blocks of a fixed size.
     """
-    form = partial(_exchanged, act=act, factor=factor)
-    arrays = x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD
-    padded, ragged = partial(form, exchange=padded_exchange), partial(form, exchange=ragged_exchange)
-    return jax.lax.platform_dependent(*arrays, cpu=padded, default=ragged)
-
-
-def _exchanged(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *, act, factor, exchange):
-    """Sorts choices by the device of their expert, exchanges, serves what arrived, sends back, combines."""
+    exchange = padded_exchange if sharding.platform() == "cpu" else ragged_exchange
     shards, here = sharding.axis_size("expert"), gate_EDF.shape[0]
     b, t, d = x_BTD.shape
     rows, choices = b * t, ids_BTC.shape[-1]

@@ -118,9 +118,7 @@ def hidden_states(
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones(tokens_BT.shape, jnp.int32)
-    tokens_BT, positions_BT, segment_ids_BT = (
-        sharding.constrain(a, "BT") for a in (tokens_BT, positions_BT, segment_ids_BT)
-    )
+    tokens_BT, positions_BT, segment_ids_BT = (sharding.constrain(a, "BT") for a in (tokens_BT, positions_BT, segment_ids_BT))
     x_BTD = embed_tokens(params.embed, tokens_BT, jnp.dtype(cfg.dtype))
     if cfg.scale_embedding:
         x_BTD = x_BTD * jnp.asarray(cfg.embed_dim**0.5, x_BTD.dtype)
@@ -288,7 +286,7 @@ def apply(params: Params, tokens_BT: Array, cfg: ModelConfig, **inputs):
 
 def _use_scan(cfg: ModelConfig) -> bool:
     if cfg.layer_loop == "auto":
-        return jax.default_backend() != "cpu"
+        return sharding.platform() != "cpu"
     return cfg.layer_loop == "scan"
 
 
