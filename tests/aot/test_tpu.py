@@ -23,6 +23,7 @@ def mesh_of_tpus(monkeypatch, expert: int) -> Mesh:
     """A mesh of the eight chips of a v5litepod-8."""
     for name, value in {"SKIP_MDS_QUERY": "1", "ACCELERATOR_TYPE": "v5litepod-8", "WORKER_HOSTNAMES": "localhost"}.items():
         monkeypatch.setenv(f"TPU_{name}", value)
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # by tests that run beside each other
     devices = np.array(topologies.get_topology_desc("v5e:2x4", "tpu").devices)
     return Mesh(devices.reshape(8 // expert, 1, expert, 1), sharding.MESH_AXES, axis_types=(AxisType.Auto,) * 4)
 
