@@ -21,10 +21,10 @@ training FLOPs, efficiency leverage over the dense run) and how evenly they are 
 `quickstart`, the default, with --config.seed=2, dense / sparse: held-out bits per byte 0.191 / 0.182;
 instruction following 85 / 90 %; reward model at 0.905 / 0.925 of its ceiling; gold score 0.562 to 0.751 / 0.598 to 0.769
 (standard error 0.016). `matched_active`, seed 0: 0.202 / 0.183 bits per byte, 0.541 / 0.491 nats per token at equal FLOPs,
-efficiency leverage 1.27, busiest expert 1.33 times the uniform load. `matched_flops`, dense / moe / wide / fine: 0.202 / 0.183 /
-0.220 / 0.172 bits per byte, leverage 1.26 / 0.78 / 1.37 for the last three. `matched_total`: 0.175 / 0.183 bits per byte,
-the second for 0.38 of the FLOPs (leverage 2.29). Hardware: 2 CPU cores, about the time of two quickstarts; for the
-others one to a few minutes a run.
+efficiency leverage 1.27, busiest expert 1.33 times the uniform load. `matched_flops`, dense / moe / wide / fine:
+0.202 / 0.183 / 0.220 / 0.172 bits per byte, leverage 1.26 / 0.78 / 1.37 for the last three. `matched_total`:
+0.175 / 0.183 bits per byte, the second for 0.38 of the FLOPs (leverage 2.29). Hardware: 2 CPU cores, about the time of two
+quickstarts; for the others one to a few minutes a run.
 """
 
 from dataclasses import replace
