@@ -104,7 +104,7 @@ def block_form(num_rows: int, num_experts: int) -> tuple[int, tuple[int, ...]]:
     mean = num_rows / num_experts
     if mean < 8:  # as in decoding: most experts have nothing to do, and their weights should not even be read
         return 0, (64, 16, 4)
-    spare = mean / 8 if mean < 512 else 16  # a block that reads its weights again costs about as much as 80 spare rows
+    spare = mean / 8 if mean < 512 else 16  # fewer mean more blocks, each of which reads its weights again
     return 8 * math.ceil((mean + spare) / 8), (128, 32) if mean >= 256 else (64, 16)
 
 

@@ -1,0 +1,39 @@
+"""The allocator's settings, in a process of its own: they cannot be taken back."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import ctypes
+from llmjax import runtime
+done = runtime.keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+where = libc.malloc(ctypes.c_size_t(2**26))
+inside = False
+for line in open("/proc/self/smaps"):
+    first, *rest = line.split()
+    if "-" in first and ":" not in first:
+        start, end = (int(a, 16) for a in first.split("-"))
+        inside = start <= where + 2**25 < end
+    elif first == "VmFlags:" and inside:
+        print(done, "hg" in rest)
+"""
+
+
+def heap(**environment) -> str:
+    """Whether it was done, and whether a large allocation then lies where huge pages are asked for."""
+    command = [sys.executable, "-c", PROGRAM]
+    return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True).stdout.strip()
+
+
+@pytest.mark.skipif(not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="a kernel without huge pages")
+@pytest.mark.skipif(
+    not hasattr(os, "sysconf") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 2**33, reason="needs 8 GB"
+)
+def test_freed_memory_is_kept_in_huge_pages_unless_that_is_turned_off():
+    assert heap(LLMJAX_KEEP_MEMORY="1") == "True True"
+    assert heap(LLMJAX_KEEP_MEMORY="0") == "False False"
