@@ -104,7 +104,7 @@ def block_form(num_rows: int, num_experts: int) -> tuple[int, tuple[int, ...]]:
     mean = num_rows / num_experts
     if mean < 8:  # as in decoding: most experts have nothing to do, and their weights should not even be read
         return 0, (64, 16, 4)
-    spare = mean / 8 if mean < 512 else 16  # fewer mean more blocks, each of which reads its weights again
+    spare = min(mean / 8, 16)  # fewer mean more blocks, each of which reads its weights again
     return 8 * math.ceil((mean + spare) / 8), (128, 32) if mean >= 256 else (64, 16)
 
 
@@ -246,7 +246,7 @@ def _blocks_bwd(lead, sizes, act, residuals, dy_TD):
         dy = dy * weight
         dx_TD = dx_TD.at[tokens].add(dg @ gate.T + du @ up.T, mode="drop")
         more = x.T @ dg, x.T @ du, hidden.T @ dy
-        dexperts = [jax.lax.dynamic_update_index_in_dim(all_, all_[e] + one, e, 0) for all_, one in zip(dexperts, more)]
+        dexperts = [all_.at[e].add(one) for all_, one in zip(dexperts, more)]
         return dx_TD, dweights.at[chosen].set(dweight, mode="drop"), *dexperts
 
     dx_TD, dweights, *dexperts = _for_each_block(plan, lead, sizes, block, (dx_TD, dweights, *dexperts))
