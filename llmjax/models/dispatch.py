@@ -179,9 +179,9 @@ def _for_each_block(plan: Plan, lead: int, sizes: tuple[int, ...], body, carry):
 
 def _up_products(x_ESD: Array, *weights_EDF: Array) -> list[Array]:
     """x @ w for each of the weights."""
-    if x_ESD.shape[0] < 64 or sharding.platform() != "cpu":
+    if x_ESD.shape[0] < 32 or sharding.platform() != "cpu":
         return [jnp.matmul(x_ESD, w) for w in weights_EDF]
-    # With so many experts YNNPACK is slow; XLA:CPU leaves a product whose left side is transposed to Eigen.
+    # With many experts YNNPACK is slow; XLA:CPU leaves a product whose left side is transposed to Eigen.
     x_EDS = jax.lax.optimization_barrier(x_ESD.swapaxes(1, 2))
     return [jnp.einsum("eds,edf->esf", x_EDS, w) for w in weights_EDF]
 
