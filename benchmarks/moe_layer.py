@@ -5,11 +5,14 @@
 d = 512, 1,024 hidden units an expert, 4,096 tokens, float32, value and gradients of input, router and experts. Printed for
 each number of experts and choices: CPU time as a multiple of one dense SwiGLU layer of hidden width top_k * 1,024 (the floor),
 and median wall milliseconds; for the dropless layer, the one with a capacity (factor 1.25), `lax.ragged_dot` (8 experts only:
-it does the work of all of them), and the peer's block in its two implementations. Each side lives in a process of its own and
-works in turn. Run it on a quiet machine: PyTorch's threads spin, and under load it looks slower than it is.
+it does the work of all of them), and the peer's block in its two implementations. The sides work in turn, each turn in a
+process of its own, since where a process lies in memory moves its times by up to a tenth: a side's figure is the median of
+its turns' medians. Run it on a quiet machine: PyTorch's threads spin, and under load it looks slower than it is.
 """
 
 from __future__ import annotations
+
+import statistics
 
 from absl import app, flags
 from workers import Worker, report, serve
@@ -20,7 +23,7 @@ BARS = {(8, 2): (1.15, 1.0), (32, 8): (1.12, 1.0), (64, 8): (1.20, 1.2), (32, 2)
 
 _CHECK = flags.DEFINE_bool("check", False, "exit with 1 when a bar is missed")
 _SHAPES = flags.DEFINE_list("shapes", [f"{e}x{k}" for e, k in BARS], "which to time, as EXPERTSxCHOICES")
-_ROUNDS = flags.DEFINE_integer("rounds", 5, "turns of each side")
+_ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of each side")
 _SECONDS = flags.DEFINE_float("seconds", 4.0, "length of one turn")
 _PEERS = flags.DEFINE_bool("peers", True, "time transformers too")
 _WORKER = flags.DEFINE_string("worker", "", "internal: which side")
@@ -102,23 +105,26 @@ def compare(experts: int, choices: int) -> list[tuple[str, bool]]:
     shape = f"{experts}x{choices}"
     sides = ["dense", "dropless", "capacity"] + (["ragged_dot"] if experts == 8 else [])
     peers = (["grouped_mm"] if experts > 8 else ["grouped_mm", "eager"]) if _PEERS.value else []
-    workers = {side: Worker(__file__, f"--worker={side}", f"--shapes={shape}") for side in sides + peers}
+    turns = {side: [] for side in sides + peers}
     for _ in range(_ROUNDS.value):
-        for worker in workers.values():
+        for side, done in turns.items():
+            worker = Worker(__file__, f"--worker={side}", f"--shapes={shape}")
             worker.turn(_SECONDS.value)
-    for worker in workers.values():
-        worker.close()
-    floor = workers["dense"].cpu_milliseconds
+            worker.close()
+            done.append(worker)
+    wall = {side: statistics.median(w.milliseconds for w in done) for side, done in turns.items()}
+    cpu = {side: [w.cpu_milliseconds for w in done] for side, done in turns.items()}
+    floor = statistics.median(cpu["dense"])
     print(f"{experts} experts, top-{choices}")
-    for side, worker in workers.items():
+    for side, each in cpu.items():
         name = f"transformers {side}" if side in peers else side
-        ratio = worker.cpu_milliseconds / floor
-        print(f"  {name:<26}{worker.milliseconds:9.0f} ms wall {ratio:8.2f}x the CPU time of dense  ({len(worker.wall)} steps)")
+        low, ratio, high = (f(each) / floor for f in (min, statistics.median, max))
+        print(f"  {name:<26}{wall[side]:9.0f} ms wall {ratio:8.2f}x the CPU time of dense  ({low:.2f} to {high:.2f})")
     most, least = BARS[experts, choices]
-    ratio = workers["dropless"].cpu_milliseconds / floor
+    ratio = statistics.median(cpu["dropless"]) / floor
     bars = [(f"{shape}: dropless {ratio:.2f}x the CPU time of dense (bar {most}x)", ratio <= most)]
     if peers:
-        faster = workers["grouped_mm"].milliseconds / workers["dropless"].milliseconds
+        faster = wall["grouped_mm"] / wall["dropless"]
         bars.append((f"{shape}: {faster:.2f}x the speed of transformers' grouped_mm (bar {least}x)", faster >= least))
     return bars
 
