@@ -26,8 +26,8 @@ efficiency leverage 1.27, busiest expert 1.33 times the uniform load. `matched_f
 0.175 / 0.183 bits per byte, the second for 0.38 of the FLOPs (leverage 2.29). `granularity`, dense / g1 / g2 / g4 / g8:
 0.202 / 0.186 / 0.180 / 0.180 / 0.181 bits per byte, leverage 1.21 / 1.29 / 1.29 / 1.26 for the last four.
 `experts`, dense / e4 / e8 / e16 / e32: 0.202 / 0.194 / 0.184 / 0.177 / 0.175 bits per byte, leverage 1.10 / 1.27 / 1.34 /
-1.32 for the last four, busiest expert 1.3 / 1.4 / 2.3 / 2.7 times the uniform load. Hardware: 2 CPU cores, about the time of two
-quickstarts; for the others one to a few minutes a run.
+1.32 for the last four, busiest expert 1.3 / 1.4 / 2.3 / 2.7 times the uniform load. Hardware: 2 CPU cores, about the time of
+two quickstarts; for the others one to a few minutes a run.
 """
 
 from dataclasses import replace
