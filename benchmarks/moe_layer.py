@@ -27,6 +27,9 @@ _ROUNDS = flags.DEFINE_integer("rounds", 3, "turns of each side")
 _SECONDS = flags.DEFINE_float("seconds", 4.0, "length of one turn")
 _PEERS = flags.DEFINE_bool("peers", True, "time transformers too")
 _WORKER = flags.DEFINE_string("worker", "", "internal: which side")
+flags.register_validator(
+    "shapes", lambda shapes: all(shape in _SHAPES.default for shape in shapes), f"choose from {','.join(_SHAPES.default)}"
+)
 
 
 def our_step(kind: str, experts: int, choices: int):
