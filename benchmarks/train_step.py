@@ -81,32 +81,35 @@ def our_worker(shape: dict, folder: str, sparse: bool):
 
     from llmjax.models.config import ModelConfig, MoEConfig
     from llmjax.models.spec import init_params
+    from llmjax.models.stats import train_flops_per_token
     from llmjax.models.transformer import transformer_spec
     from llmjax.objectives.lm import lm_loss
-    from llmjax.training.optimizer import OptimizerConfig, make_optimizer
-    from llmjax.training.state import abstract_state, init_state, make_train_step
+    from llmjax.training.optimizer import OptimizerConfig
+    from llmjax.training.program import language_batch, train_program
 
     fields = {k: v for k, v in shape.items() if k not in ("batch", "length")}
     cfg = ModelConfig(**fields, tie_embeddings=False)
     if sparse:
         cfg = dataclasses.replace(cfg, moe=MoEConfig(num_experts=8, top_k=2, mlp_dim=cfg.mlp_dim // 2))
-    specs = transformer_spec(cfg)
+    specs, rows, length = transformer_spec(cfg), shape["batch"], shape["length"]
     params = init_params(specs, jax.random.key(0)) if sparse else load_weights(cfg, folder)
     optimizer = OptimizerConfig(
         learning_rate=LEARNING_RATE, warmup_steps=0, schedule="constant", b1=B1, b2=B2, eps=EPS,
         weight_decay=WEIGHT_DECAY, grad_clip=0.0,
     )  # fmt: skip
-    tx = make_optimizer(optimizer, 1_000_000, specs)
-    abstract = abstract_state(specs, tx, None)
-    state = init_state(params, tx, abstract)
-    train_step = make_train_step(lambda p, batch, key: lm_loss(p, batch, key, cfg), tx, abstract)
+    program = train_program(
+        lambda params, batch, key: lm_loss(params, batch, key, cfg), specs, optimizer, 1_000_000,
+        language_batch(rows, length, None), None,
+        tokens=rows * length, flops_per_token=train_flops_per_token(cfg, length),
+    )  # fmt: skip
+    state = program.init(params)
     tokens = make_tokens(shape).astype(np.int32)
     mask = np.ones_like(tokens)
     mask[:, -1] = 0
     batch = {
         "inputs": tokens,
         "targets": np.roll(tokens, -1, axis=1),
-        "positions": np.broadcast_to(np.arange(shape["length"], dtype=np.int32), tokens.shape),
+        "positions": np.broadcast_to(np.arange(length, dtype=np.int32), tokens.shape),
         "segment_ids": np.ones_like(tokens),
         "loss_mask": mask,
     }
@@ -115,7 +118,7 @@ def our_worker(shape: dict, folder: str, sparse: bool):
 
     def step() -> float:
         nonlocal state
-        state, metrics = train_step(state, batch, key)
+        state, metrics = program.fn(state, batch, key)
         return float(metrics["loss"])
 
     return step

@@ -31,40 +31,42 @@ two quickstarts; for the others one to a few minutes a run.
 """
 
 from dataclasses import replace
+from typing import Literal
 
 from experiments import quickstart
 from llmjax.models.config import ModelConfig, MoEConfig
 from llmjax.models.stats import steps_for_flops, train_flops_per_token
-from llmjax.stages.config import Experiment, Study
+from llmjax.stages.experiment import Experiment, Study
+from llmjax.stages.pretrain import Pretrain
+
+Variant = Literal[
+    "quickstart", "test", "matched_active", "matched_flops", "matched_total", "granularity", "experts",
+    "matched_active,test", "matched_flops,test", "matched_total,test", "granularity,test", "experts,test",
+]  # fmt: skip
 
 
-def get_config(arg: str = "quickstart") -> Study:
+def get_config(arg: Variant = "quickstart") -> Study:
     if arg == "quickstart":
         runs = whole_life("dense", "moe")
     elif arg == "test":
         runs = whole_life("test", "test_moe")
     else:
         name, _, size = arg.partition(",")
-        if name not in STUDIES or size not in ("", "test"):
-            raise ValueError(
-                f"unknown argument {arg!r}; there is quickstart, test, {', '.join(STUDIES)}, the last "
-                f"{len(STUDIES)} also with ,test behind"
-            )
         runs = {run: replace(config, name=f"{name}-{run}") for run, config in STUDIES[name](pretraining(size)).items()}
     return Study(name=f"dense-vs-moe-{arg.replace(',', '-')}", experiments=runs)
 
 
-def whole_life(dense: str, moe: str) -> dict[str, Experiment]:
+def whole_life(dense: quickstart.Variant, moe: quickstart.Variant) -> dict[str, Experiment]:
     """Equal active parameters but for the router, equal tokens, the same batches, from pre-training to PPO."""
-    dense, moe = map(quickstart.get_config, (dense, moe))
-    return {"dense": replace(dense, pretrain=moe.pretrain), "moe": moe}
+    one, other = quickstart.get_config(dense), quickstart.get_config(moe)
+    return {"dense": replace(one, stages=one.stages | {"pretrain": other.stages["pretrain"]}), "moe": other}
 
 
 def pretraining(size: str) -> Experiment:
     """The dense run that the others are derived from; evaluated often, since its curve against FLOPs is what counts."""
     config = whole_life("test", "test_moe")["dense"] if size else whole_life("dense", "moe")["dense"]
-    pretrain = replace(config.pretrain, steps=60 if size else 1400, eval_every=20 if size else 100)
-    return replace(config, pretrain=pretrain, sft=None, reward=None, ppo=None)
+    config = config.with_stage("pretrain", steps=60 if size else 1400, eval_every=20 if size else 100)
+    return config.only("pretrain")
 
 
 def sparse(dense: Experiment, num_experts: int, top_k: int, width: float = 1.0, **moe) -> Experiment:
@@ -82,7 +84,7 @@ def matched_active(dense: Experiment) -> dict[str, Experiment]:
 def matched_flops(dense: Experiment) -> dict[str, Experiment]:
     """As many steps of each as the dense run's FLOPs pay for: fewer for experts twice as wide, and fewer for the products of
     the router, which are the more the finer the experts are."""
-    cfg = dense.pretrain
+    cfg = dense.stage("pretrain", Pretrain)
     budget = cfg.steps * cfg.batch_size * cfg.length * train_flops_per_token(known_vocab(dense), cfg.length)
     runs = {"moe": sparse(dense, 8, 2), "wide": sparse(dense, 8, 2, width=2.0), "fine": sparse(dense, 32, 8)}
     return {"dense": dense} | {name: paid(run, budget) for name, run in runs.items()}
@@ -90,14 +92,13 @@ def matched_flops(dense: Experiment) -> dict[str, Experiment]:
 
 def paid(run: Experiment, budget: float) -> Experiment:
     """With the number of steps whose FLOPs are nearest to `budget`."""
-    cfg = run.pretrain
-    steps = steps_for_flops(known_vocab(run), cfg.length, cfg.batch_size, budget)
-    return replace(run, pretrain=replace(cfg, steps=steps))
+    cfg = run.stage("pretrain", Pretrain)
+    return run.with_stage("pretrain", steps=steps_for_flops(known_vocab(run), cfg.length, cfg.batch_size, budget))
 
 
 def known_vocab(run: Experiment) -> ModelConfig:
     """The model with the vocabulary that the tokenizer is going to have."""
-    return replace(run.model, vocab_size=run.model.vocab_size or run.tokenizer.vocab_size)
+    return replace(run.model, vocab_size=run.model.vocab_size or run.tokenizer.size)
 
 
 def matched_total(dense: Experiment) -> dict[str, Experiment]:

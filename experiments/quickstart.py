@@ -11,27 +11,37 @@ complete, to the point) more than facts. Hardware: 2 CPU cores, 4.2 minutes dens
 """
 
 from dataclasses import replace
+from typing import Literal
 
-from llmjax.data.sources import CorpusConfig
 from llmjax.generation.sampling import SamplingConfig
 from llmjax.models.config import ModelConfig, MoEConfig
-from llmjax.stages.config import PPO, SFT, Evaluation, Experiment, Pretrain, RewardModel
+from llmjax.rl.algorithms import PPO
+from llmjax.stages.candidates import RankedAnswers
+from llmjax.stages.experiment import Evaluation, Experiment
+from llmjax.stages.pretrain import Pretrain
+from llmjax.stages.reward import ModelReward, RewardModel
+from llmjax.stages.rl import RL
+from llmjax.stages.sft import SFT
+from llmjax.tasks.base import RewardRanker
+from llmjax.tasks.world.data import WorldDialogues, WorldPrompts, WorldText
+from llmjax.tasks.world.judge import correct, gold, instruction_following
 from llmjax.training.optimizer import OptimizerConfig
 
+PROMPT_LENGTH = 22  # tokens of the longest question
+ANSWERS = SamplingConfig(max_new_tokens=24, temperature=0.7)
 
-def get_config(arg: str = "dense") -> Experiment:
-    if arg not in ("dense", "moe", "test", "test_moe"):
-        raise ValueError(f"unknown argument {arg!r}; there is dense, moe, test and test_moe")
+
+Variant = Literal["dense", "moe", "test", "test_moe"]
+
+
+def get_config(arg: Variant = "dense") -> Experiment:
     config = quickstart()
     if arg.endswith("moe"):
         # Two of eight experts are as wide as the dense layer together: equal active parameters, but for the router.
         width = config.model.mlp_dim // 2
-        config = replace(
-            config,
-            model=replace(config.model, moe=MoEConfig(num_experts=8, top_k=2, mlp_dim=width)),
-            # A sparse step takes longer on a CPU, and fewer get as far; dense_vs_moe.py compares at equal tokens.
-            pretrain=replace(config.pretrain, steps=1400, eval_every=350),
-        )
+        config = replace(config, model=replace(config.model, moe=MoEConfig(num_experts=8, top_k=2, mlp_dim=width)))
+        # A sparse step takes longer on a CPU, and fewer get as far; dense_vs_moe.py compares at equal tokens.
+        config = config.with_stage("pretrain", steps=1400, eval_every=350)
     if arg.startswith("test"):
         config = test_sized(config)
     return replace(config, name=f"quickstart-{arg}")
@@ -41,39 +51,58 @@ def quickstart() -> Experiment:
     return Experiment(
         name="quickstart",
         model=ModelConfig(num_layers=3, embed_dim=128, num_heads=4, num_kv_heads=2, head_dim=32, mlp_dim=344),
-        pretrain=Pretrain(
-            steps=2000, batch_size=8, length=128, eval_every=500,
-            optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100, final_fraction=0.02),
-        ),
-        sft=SFT(
-            steps=600, batch_size=8, length=128, eval_every=300,
-            optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
-        ),
-        reward=RewardModel(
-            num_prompts=1344, rankings_per_prompt=2, num_eval_prompts=288, epochs=1, batch_size=4, prompt_length=22,
-            sampling=SamplingConfig(max_new_tokens=24, temperature=0.7),
-            label_noise=0.15, optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=20),
-        ),
-        ppo=PPO(
-            steps=20, batch_size=128, epochs=1, minibatches=4, kl_coef=0.15, temperature=0.7,
-            prompt_length=22, max_new_tokens=24,
-            optimizer=OptimizerConfig(
-                learning_rate=3e-4, warmup_steps=5, schedule="constant", weight_decay=0.0, eps=1e-5
+        stages={
+            "pretrain": Pretrain(
+                data=WorldText(),
+                steps=2000, batch_size=8, length=128, eval_every=500, eval_batches=128,
+                optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100, final_fraction=0.02),
             ),
+            "sft": SFT(
+                data=WorldDialogues(), init="pretrain",
+                steps=600, batch_size=8, length=128, eval_every=300,
+                optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+            ),
+            "reward": RewardModel(
+                data=ranked_answers(num_prompts=1344, num_eval_prompts=288), init="sft",
+                batch_size=4, length=PROMPT_LENGTH + ANSWERS.max_new_tokens,
+                optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=20),
+            ),
+            "ppo": RL(
+                data=WorldPrompts(), rewards={"model": ModelReward("reward")}, watch={"gold": gold},
+                policy="sft", critic="reward", algorithm=PPO(kl_coef=0.15),
+                steps=20, batch_size=128, epochs=1, minibatches=4, missing_end_penalty=1.0,
+                temperature=ANSWERS.temperature, prompt_length=PROMPT_LENGTH, max_new_tokens=ANSWERS.max_new_tokens,
+                optimizer=OptimizerConfig(
+                    learning_rate=3e-4, warmup_steps=5, schedule="constant", weight_decay=0.0, eps=1e-5
+                ),
+            ),
+        },
+        evaluation=Evaluation(
+            prompts=WorldPrompts(), prompt_length=PROMPT_LENGTH, sampling=ANSWERS, num_prompts=256, batch_size=128,
+            scores={"gold": gold, "correct": correct, "instruction_following": instruction_following},
         ),
+    )  # fmt: skip
+
+
+def ranked_answers(num_prompts: int, num_eval_prompts: int) -> RankedAnswers:
+    """Two rankings of four answers of the SFT model to each prompt, by people who see the gold score through noise."""
+    return RankedAnswers(
+        policy="sft", prompts=WorldPrompts(), ranker=RewardRanker(gold, noise=0.15), k=4, rankings_per_prompt=2,
+        num_prompts=num_prompts, num_eval_prompts=num_eval_prompts, prompt_length=PROMPT_LENGTH, sampling=ANSWERS,
     )  # fmt: skip
 
 
 def test_sized(config: Experiment) -> Experiment:
     """Every stage, nothing learnt: for tests of the machinery."""
     moe = config.model.moe and replace(config.model.moe, num_experts=4, mlp_dim=24)
-    return replace(
+    config = replace(
         config,
-        data=CorpusConfig(num_documents=400, num_dialogues=200),
         model=replace(config.model, num_layers=2, embed_dim=32, num_heads=2, num_kv_heads=1, head_dim=16, mlp_dim=48, moe=moe),
-        pretrain=replace(config.pretrain, steps=6, batch_size=8, length=64, eval_every=3, eval_batches=2),
-        sft=replace(config.sft, steps=4, batch_size=8, length=64, eval_every=2),
-        reward=replace(config.reward, num_prompts=16, num_eval_prompts=8, batch_size=8),
-        ppo=replace(config.ppo, steps=3, batch_size=8),
-        evaluation=Evaluation(num_questions=16, batch_size=16, num_samples=2),
-    )  # fmt: skip
+        evaluation=replace(config.evaluation, num_prompts=16, batch_size=16, num_samples=2),
+    )
+    text, dialogues = WorldText(num_documents=400), WorldDialogues(num_dialogues=200)
+    config = config.with_stage("pretrain", data=text, steps=6, batch_size=8, length=64, eval_every=3, eval_batches=2)
+    config = config.with_stage("sft", data=dialogues, steps=4, batch_size=8, length=64, eval_every=2)
+    rankings = ranked_answers(num_prompts=16, num_eval_prompts=8)
+    config = config.with_stage("reward", data=rankings, batch_size=8)
+    return config.with_stage("ppo", steps=3, batch_size=8)

@@ -8,12 +8,16 @@ The argument is a folder with config.json, *.safetensors and tokenizer files; mo
 low-rank updates of its matrices are trained, experts included: a third of the work less, and hardly any optimizer memory.
 Expected: the instruction-following rate rises by tens of points (a 0.6 B model wants an accelerator:
 --config.model.dtype=bfloat16). `llmjax-convert --source=runs/sft/sft --target=models/mine` writes the result back in the same
-format, `--adapter_only` the updates alone in the format of PEFT.
+format, `--adapter_only` the updates alone in the format of PEFT. Your own dialogues: sft_dialogues.py.
 """
 
 from llmjax.errors import UserError
+from llmjax.generation.sampling import SamplingConfig
 from llmjax.models.lora import LoRAConfig
-from llmjax.stages.config import SFT, Evaluation, Experiment
+from llmjax.stages.experiment import Evaluation, Experiment
+from llmjax.stages.sft import SFT
+from llmjax.tasks.world.data import WorldDialogues, WorldPrompts
+from llmjax.tasks.world.judge import correct, instruction_following
 from llmjax.training.optimizer import OptimizerConfig
 
 
@@ -23,13 +27,21 @@ def get_config(arg: str = "") -> Experiment:
         raise UserError("give the model's folder behind a colon: --config=experiments/sft_from_hf.py:FOLDER")
     return Experiment(
         name="sft-from-hf",
-        sft=SFT(
-            init=f"hf:{folder}",
-            lora=LoRAConfig() if lora else None,
-            steps=200,
-            batch_size=16,
-            length=256,
-            optimizer=OptimizerConfig(learning_rate=2e-4 if lora else 2e-5, warmup_steps=20, weight_decay=0.0),
+        stages={
+            "sft": SFT(
+                data=WorldDialogues(),
+                init=f"hf:{folder}",
+                lora=LoRAConfig() if lora else None,
+                steps=200,
+                batch_size=16,
+                length=256,
+                optimizer=OptimizerConfig(learning_rate=2e-4 if lora else 2e-5, warmup_steps=20, weight_decay=0.0),
+            )
+        },
+        evaluation=Evaluation(
+            prompts=WorldPrompts(),
+            scores={"correct": correct, "instruction_following": instruction_following},
+            num_prompts=128,
+            sampling=SamplingConfig(max_new_tokens=32),
         ),
-        evaluation=Evaluation(num_questions=128, batch_size=64),
     )

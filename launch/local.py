@@ -15,14 +15,10 @@ import sys
 from collections.abc import Sequence
 
 from absl import flags
-from rich.console import Console
 
-from llmjax.analysis.report import write_study_report
-from llmjax.analysis.runs import read_run
-from llmjax.analysis.tables import study_table
+from llmjax.commands.base import call, parse_flags
 from llmjax.config import split_overrides
 from llmjax.errors import UserError
-from llmjax.main import call, parse_flags
 
 
 def define_flags() -> flags.FlagValues:
@@ -39,7 +35,7 @@ def commands(config: str, seeds: Sequence[str], workdir: str, overrides: Sequenc
     """One command line per seed."""
     given = [f"--config.{path}={value}" for path, value in overrides]
     return [
-        [sys.executable, "-m", "llmjax.main", f"--config={config}", *given, f"--config.seed={seed}",
+        [sys.executable, "-m", "llmjax", f"--config={config}", *given, f"--config.seed={seed}",
          f"--workdir={os.path.join(workdir, run_name(seed))}"]
         for seed in seeds
     ]  # fmt: skip
@@ -61,9 +57,9 @@ def run(argv: Sequence[str]) -> None:
         if not values.dry_run and (status := subprocess.run(command).returncode):
             raise UserError(f"that run ended with status {status}; mend it and type the same again to go on")
     if not values.dry_run:
-        names = [run_name(seed) for seed in values.seeds]
-        Console().print(study_table([read_run(os.path.join(values.workdir, name), name) for name in names]))
-        print(f"report    {write_study_report(values.workdir, names, f'{values.config}, {len(names)} seeds')}")
+        from llmjax.runs.study import show_study
+
+        show_study(values.workdir, [run_name(seed) for seed in values.seeds], f"{values.config}, {len(values.seeds)} seeds")
 
 
 if __name__ == "__main__":

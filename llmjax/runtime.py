@@ -11,21 +11,24 @@ import warnings
 from llmjax.errors import UserError
 
 # mallopt parameters of glibc's malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -3, -4, -8
 _MADV_HUGEPAGE = 14  # of sys/mman.h
 _MEMORY_NEEDED = 8 * 2**30
+_keeping = False
 
 
 def keep_freed_memory() -> bool:
     """Tells glibc to keep freed memory instead of returning it to the kernel after every step, and in huge pages.
 
     XLA on CPU allocates its temporaries anew in each step; without this a third of a training step can be page faults.
-    The price is a larger resident size (about 2x), so it is left alone on machines with less than 8 GB, on other C
-    libraries, and when LLMJAX_KEEP_MEMORY=0. Call it before jax is imported; returns whether it was done.
+    The price is a larger resident size (2x to 3x), so it is left alone on machines with less than 8 GB, on other C
+    libraries, and when LLMJAX_KEEP_MEMORY=0; `give_back_memory` ends it. Call it before jax is imported; returns whether
+    it was done.
     """
+    global _keeping
     if os.environ.get("LLMJAX_KEEP_MEMORY") == "0" or not sys.platform.startswith("linux"):
         return False
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    memory = _memory()
     libc = ctypes.CDLL(None)
     if memory < _MEMORY_NEEDED or not hasattr(libc, "mallopt"):
         return False
@@ -33,7 +36,32 @@ def keep_freed_memory() -> bool:
     if not all(libc.mallopt(ctypes.c_int(name), ctypes.c_int(value)) == 1 for name, value in settings):
         return False
     _advise_huge_pages(libc, memory // 2)
+    _keeping = True
     return True
+
+
+def give_back_memory() -> bool:
+    """Where freed memory is kept and this process has come to hold a third of the machine's: gives it back, now and whenever
+    a large block is freed. Returns whether it was so. Large models on CPU would else end for want of memory; their steps are
+    long, so it costs them little."""
+    if not _keeping or _resident() < _memory() // 3:
+        return False
+    libc = ctypes.CDLL(None)
+    for name, value in ((_M_MMAP_THRESHOLD, 2**25), (_M_MMAP_MAX, 2**16), (_M_TRIM_THRESHOLD, 2**28)):
+        libc.mallopt(ctypes.c_int(name), ctypes.c_int(value))
+    libc.malloc_trim(ctypes.c_size_t(0))
+    return True
+
+
+def _memory() -> int:
+    """Bytes of the machine."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def _resident() -> int:
+    """Bytes that this process holds."""
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 def _advise_huge_pages(libc: ctypes.CDLL, size: int) -> None:

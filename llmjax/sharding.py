@@ -69,6 +69,10 @@ class MeshConfig:
         """Number of parts into which a batch is split."""
         return math.prod(getattr(self, axis) for axis in BATCH_AXES)
 
+    def rows(self, count: int) -> int:
+        """The smallest number of rows that holds `count` and is split evenly."""
+        return -(-count // self.batch_shards) * self.batch_shards
+
     def validate(self) -> None:
         for axis in MESH_AXES:
             if getattr(self, axis) < 1:

@@ -1,11 +1,13 @@
 """Models, batches and compiled functions small enough for a unit test."""
 
 import dataclasses
+import itertools
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from llmjax.models import transformer
 from llmjax.models.config import ModelConfig, MoEConfig
@@ -13,7 +15,8 @@ from llmjax.models.heads import scalar_model_spec
 from llmjax.models.lora import LoRAConfig, lora_spec
 from llmjax.models.spec import is_spec
 from llmjax.models.transformer import transformer_spec
-from llmjax.objectives.ppo import actor_critic_spec
+from llmjax.objectives.policy import actor_critic_spec
+from llmjax.training.program import Program
 
 DENSE = ModelConfig(
     vocab_size=32, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=24,
@@ -31,6 +34,16 @@ QUICK = {
 
 jit = partial(jax.jit, compiler_options=QUICK)
 apply = jit(transformer.apply, static_argnames="cfg")
+
+
+def crossed(quick, *axes):
+    """Every combination of `axes` as parameters of a test; those not in `quick` are left to `-m slow`: they only repeat
+    together what others show one at a time."""
+    combinations = list(itertools.product(*axes))
+    assert set(quick) <= set(combinations), set(quick) - set(combinations)
+    names = ["-".join(map(str, jax.tree.leaves(one))) for one in combinations]
+    marks = [() if one in quick else pytest.mark.slow for one in combinations]
+    return [pytest.param(*one, id=name, marks=mark) for one, name, mark in zip(combinations, names, marks)]
 
 
 def logits(params, tokens, cfg, *, segments=None, positions=None) -> np.ndarray:
@@ -68,8 +81,13 @@ def scalar_model(cfg: ModelConfig, seed: int = 0):
     return draw(scalar_model_spec(cfg), seed)
 
 
-def actor_critic(cfg: ModelConfig, seed: int = 0):
-    return draw(actor_critic_spec(cfg), seed)
+def actor_critic(cfg: ModelConfig, seed: int = 0, critic: bool = True):
+    return draw(actor_critic_spec(cfg, critic), seed)
+
+
+def compiled(program: Program) -> Program:
+    """The program compiled for the very arguments that it plans with, and for no others."""
+    return dataclasses.replace(program, fn=program.lower().compile(compiler_options=QUICK))
 
 
 def tokens(cfg: ModelConfig, *shape: int, seed: int = 0) -> np.ndarray:
@@ -106,7 +124,7 @@ def rankings(cfg: ModelConfig, rows: int, k: int, length: int, seed: int = 0) ->
 
 
 def experience(cfg: ModelConfig, rows: int, prompt: int, response: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """What `ppo_loss` takes, with made-up numbers: prompts padded on the left, responses of different lengths."""
+    """What `policy_loss` takes, with made-up numbers: prompts padded on the left, responses of different lengths."""
     rng = np.random.default_rng(seed)
     pads, lengths = rng.integers(0, prompt, (rows, 1)), rng.integers(1, response + 1, (rows, 1))
     mask = (np.arange(response) < lengths).astype(np.float32)
@@ -124,6 +142,7 @@ def experience(cfg: ModelConfig, rows: int, prompt: int, response: int, seed: in
         "advantages": normal(1.0),
         "returns": normal(1.0),
         "old_values": normal(0.5),
+        "ref_log_probs": normal(0.3) - np.float32(np.log(cfg.vocab_size)) * mask,
     }
 
 

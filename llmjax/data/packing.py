@@ -1,178 +1,191 @@
-"""Documents and dialogues -> rectangular arrays of packed segments, made once when a data set is built.
+"""Sequences of token ids -> rectangular rows, made when a batch asks for them.
 
 A row of length T holds several segments, numbered 1, 2, ... from the left, then padding (segment 0). Attention stays
 inside a segment, positions count from 0 in each, and no target belongs to another document than its input.
 """
 
 import itertools
-import json
-import os
-import pathlib
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import numpy as np
 
+from llmjax.data.shards import Shards
 from llmjax.errors import UserError
-from llmjax.files import read_json, whole_folder
 
-_COUNTS_FILE = "packed.json"
+_OPEN_ROWS = 8192  # that first fit looks at; enough that hardly any row is closed too early
 
 
-@dataclass(frozen=True)
-class Packed:
-    """N rows of T tokens. The arrays are int32 [N, T]; where segment_ids is 0 all of them are padding.
+class Rows(Protocol):
+    """Samples by number: `rows[chosen]` gathers those at the indices `chosen` [B] as arrays [B, ...] by name."""
 
-    Attributes:
-        inputs: what the model reads.
-        targets: what it is to predict at each place, the token after the input in the same document.
-        segment_ids: 1, 2, ... from the left of each row; 0 is padding.
-        positions: place of the token in its segment, from 0.
-        loss_mask: 1 where the target counts.
-        num_truncated: examples whose end was cut off because they are longer than a row.
-        num_dropped: examples left out because no target with loss remained.
-    """
+    def __len__(self) -> int: ...
 
-    inputs: np.ndarray
-    targets: np.ndarray
-    segment_ids: np.ndarray
-    positions: np.ndarray
-    loss_mask: np.ndarray
-    num_truncated: int = 0
-    num_dropped: int = 0
+    def __getitem__(self, chosen: np.ndarray) -> dict[str, np.ndarray]: ...
+
+
+class ArrayRows:
+    """Rows of arrays [N, ...] by name, of equal N."""
+
+    def __init__(self, arrays: Mapping[str, np.ndarray]):
+        sizes = {name: len(array) for name, array in arrays.items()}
+        if len(set(sizes.values())) != 1:
+            raise ValueError(f"arrays of different numbers of samples: {sizes}")
+        self.arrays = dict(arrays)
 
     def __len__(self) -> int:
-        return len(self.inputs)
+        return len(next(iter(self.arrays.values())))
 
-    def arrays(self) -> dict[str, np.ndarray]:
-        """The five arrays by name: a batch of the language-model loss, N rows long."""
-        return {name: getattr(self, name) for name in _ARRAYS}
-
-    def save(self, folder: str | os.PathLike) -> None:
-        """Writes one .npy file per array and the counts, all or nothing. Raises UserError if it cannot."""
-        with whole_folder(folder) as new:
-            for name, array in self.arrays().items():
-                np.save(new / f"{name}.npy", array, allow_pickle=False)
-            counts = {"num_truncated": self.num_truncated, "num_dropped": self.num_dropped}
-            (new / _COUNTS_FILE).write_text(json.dumps(counts) + "\n", encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike, mmap: bool = True) -> "Packed":
-        """Reads what `save` wrote; mmap: leaves the arrays on disk (read-only). Raises UserError if it is not there."""
-        folder = pathlib.Path(folder)
-        arrays = {}
-        for name in _ARRAYS:
-            path = folder / f"{name}.npy"
-            try:
-                arrays[name] = np.load(path, mmap_mode="r" if mmap else None, allow_pickle=False)
-            except (OSError, ValueError, EOFError) as error:
-                reason = getattr(error, "strerror", None) or error
-                raise UserError(f"{path}: not a packed array ({reason}); remove {folder} and build it anew") from error
-        if len({array.shape for array in arrays.values()}) != 1:
-            raise UserError(f"{folder}: arrays of different shapes; remove the folder and build it anew")
-        return cls(**arrays, **read_json(folder / _COUNTS_FILE))
+    def __getitem__(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        return {name: np.asarray(array[chosen]) for name, array in self.arrays.items()}
 
 
-_ARRAYS = tuple(field.name for field in fields(Packed) if field.type is np.ndarray)
+class StreamRows:
+    """Documents one after another, cut into rows: pre-training without padding, but at the very end.
 
+    On disk a document d1 ... dn is <bos> d1 ... dn, followed by <eos> where that is another token than <bos>. Each of its
+    tokens and its end is a target exactly once, with loss, and the first is predicted from <bos>. A document that a row's
+    edge cuts goes on in the next row as a new segment (positions from 0, nothing seen of its beginning) whose first input is
+    the last target before the cut.
 
-def pack_stream(docs: Iterable[Sequence[int]], length: int, *, endoftext_id: int, pad_id: int) -> Packed:
-    """Documents one after another, cut into rows of `length`: pre-training without padding (but at the very end).
-
-    A document d1 ... dn becomes the inputs <|endoftext|> d1 ... dn with the targets d1 ... dn <|endoftext|>: each of
-    its tokens, and its end, is a target exactly once, with loss, and the first is predicted from <|endoftext|>. A
-    document that a row's edge cuts goes on in the next row as a new segment (positions from 0, nothing seen of its
-    beginning) whose first input is the last target before the cut. Empty documents are left out.
-
-    Args:
-        docs: token ids of each document, without control tokens.
-        length: T, tokens per row.
-        endoftext_id, pad_id: ids of <|endoftext|> and of padding.
-
-    Raises:
-        UserError: length is not positive, or there is no token at all.
+    Rows are int32 [B, T]: inputs, targets, segment_ids, positions, loss_mask.
     """
-    _check_length(length)
-    docs = [doc for doc in (np.asarray(doc, np.int32) for doc in docs) if doc.size]
-    if not docs:
-        raise UserError("no tokens to pack: the corpus is empty; check the data")
-    end = np.array([endoftext_id], np.int32)
-    inputs = np.concatenate([part for doc in docs for part in (end, doc)])
-    sizes = np.array([doc.size + 1 for doc in docs])
-    # The input after a document's last token is the next document's <|endoftext|>, which is just the target wanted.
-    targets = np.append(inputs[1:], end)
-    document = np.repeat(np.arange(len(docs)), sizes)
-    place = np.arange(inputs.size) - np.repeat(np.cumsum(sizes) - sizes, sizes)
 
-    def rows(flat: np.ndarray, fill: int) -> np.ndarray:
-        padding = np.full(-flat.size % length, fill, flat.dtype)
-        return np.concatenate([flat, padding]).reshape(-1, length)
+    def __init__(self, shards: Shards, length: int, *, bos_id: int, eos_id: int, pad_id: int):
+        check_length(length)
+        self._shards, self._length = shards, length
+        self._bos_id, self._eos_id, self._pad_id = bos_id, eos_id, pad_id
 
-    real = rows(np.ones(inputs.size, np.int32), 0)
-    document_rows = rows(document, 0)
-    return Packed(
-        inputs=rows(inputs, pad_id),
-        targets=rows(targets, pad_id),
-        segment_ids=((document_rows - document_rows[:, :1] + 1) * real).astype(np.int32),
-        positions=np.minimum(rows(place, 0), np.arange(length)).astype(np.int32),
-        loss_mask=real,
-    )
+    def __len__(self) -> int:
+        return -(-len(self._shards) // self._length)
+
+    def __getitem__(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        length, total = self._length, len(self._shards)
+        text = np.full((len(chosen), length + 1), self._pad_id, np.int32)
+        real = np.zeros((len(chosen), length), bool)
+        for i, row in enumerate(chosen):
+            start = int(row) * length
+            tokens, _ = self._shards.read(start, min(start + length + 1, total))
+            text[i, : len(tokens)] = tokens
+            real[i, : min(length, total - start)] = True
+            if len(tokens) <= length:  # the input after the last document would be the next one's <bos>
+                text[i, len(tokens)] = self._bos_id
+        inputs, targets = text[:, :-1], text[:, 1:]
+        begins = (inputs == self._bos_id) & real
+        segment_ids = np.cumsum(begins, axis=1) + ~begins[:, :1]
+        place = np.arange(length)
+        positions = place - np.maximum.accumulate(np.where(begins, place, 0), axis=1)
+        # What follows an <eos> of its own is the next document; one token for both is the end that is to be learnt.
+        within = real if self._bos_id == self._eos_id else real & (targets != self._bos_id)
+        rows = {
+            "inputs": np.where(real, inputs, self._pad_id),
+            "targets": np.where(real, targets, self._pad_id),
+            "segment_ids": segment_ids * real,
+            "positions": positions * real,
+            "loss_mask": within,
+        }
+        return {name: np.ascontiguousarray(array, np.int32) for name, array in rows.items()}
 
 
-def pack_examples(examples: Iterable[tuple[Sequence[int], Sequence[int]]], length: int, *, pad_id: int) -> Packed:
+class ExampleRows:
     """Whole examples, several to a row, by first fit in their order (at most 70 % more rows than the best packing).
 
-    An example (tokens, loss_mask) becomes the inputs tokens[:-1] with the targets tokens[1:] and the loss where the
-    *target* is marked, as one segment of one row. An example of more than `length` + 1 tokens keeps the first of them
-    (and so has no end of turn to learn) and is counted in num_truncated; one that then has no target with loss is left
-    out and counted in num_dropped.
+    An example of n + 1 tokens is one segment of n inputs and n targets, with the loss where the *target* is marked. The
+    shards keep loss masks, the first `length` + 1 tokens of each example (see `clip_example`), and how long it was.
 
-    Raises:
-        UserError: length is not positive, or no example has a target with loss.
+    Rows are int32 [B, T]: inputs, targets, segment_ids, positions, loss_mask.
     """
-    _check_length(length)
-    kept, num_truncated, num_dropped = [], 0, 0
-    for tokens, loss_mask in examples:
-        if len(tokens) != len(loss_mask):
-            raise ValueError(f"{len(tokens)} tokens with a loss mask of {len(loss_mask)}")
-        num_truncated += len(tokens) > length + 1
-        tokens, loss_mask = np.asarray(tokens[: length + 1], np.int32), np.asarray(loss_mask[: length + 1], np.int32)
-        if loss_mask[1:].any():
-            kept.append((tokens, loss_mask))
-        else:
-            num_dropped += 1
-    if not kept:
-        raise UserError(f"no example has a target with loss within length={length}; check the data or raise length")
-    row_of, column_of, num_rows = _first_fit([len(tokens) - 1 for tokens, _ in kept], length)
-    arrays = {name: np.zeros((num_rows, length), np.int32) for name in _ARRAYS}
-    arrays["inputs"][:] = arrays["targets"][:] = pad_id
-    segments = np.zeros(num_rows, np.int32)
-    for (tokens, loss_mask), row, column in zip(kept, row_of, column_of, strict=True):
-        segments[row] += 1
-        span = row, slice(column, column + len(tokens) - 1)
-        arrays["inputs"][span] = tokens[:-1]
-        arrays["targets"][span] = tokens[1:]
-        arrays["segment_ids"][span] = segments[row]
-        arrays["positions"][span] = np.arange(len(tokens) - 1)
-        arrays["loss_mask"][span] = loss_mask[1:]
-    return Packed(**arrays, num_truncated=num_truncated, num_dropped=num_dropped)
+
+    def __init__(self, shards: Shards, length: int, *, pad_id: int):
+        """Raises UserError if there is no example."""
+        check_length(length)
+        sizes = np.minimum(shards.lengths(), length + 1)
+        if not len(sizes):
+            raise UserError(f"no example has a target with loss within length={length}; check the data or raise length")
+        self._shards, self._length, self._pad_id = shards, length, pad_id
+        self._starts = np.cumsum(sizes) - sizes
+        self._sizes = sizes
+        row_of, self._column_of = first_fit(sizes - 1, length)
+        self._by_row = np.argsort(row_of, kind="stable")
+        self._first = np.searchsorted(row_of[self._by_row], np.arange(int(row_of.max()) + 2))
+
+    def __len__(self) -> int:
+        return len(self._first) - 1
+
+    def __getitem__(self, chosen: np.ndarray) -> dict[str, np.ndarray]:
+        shape = (len(chosen), self._length)
+        rows = {name: np.zeros(shape, np.int32) for name in ("segment_ids", "positions", "loss_mask")}
+        rows |= {name: np.full(shape, self._pad_id, np.int32) for name in ("inputs", "targets")}
+        for i, row in enumerate(chosen):
+            examples = self._by_row[self._first[int(row)] : self._first[int(row) + 1]]
+            for segment, example in enumerate(examples, start=1):
+                start, size, column = self._starts[example], self._sizes[example], self._column_of[example]
+                tokens, mask = self._shards.read(int(start), int(start + size))
+                span = i, slice(column, column + size - 1)
+                rows["inputs"][span] = tokens[:-1]
+                rows["targets"][span] = tokens[1:]
+                rows["segment_ids"][span] = segment
+                rows["positions"][span] = np.arange(size - 1)
+                rows["loss_mask"][span] = mask[1:]
+        return rows
 
 
-def _first_fit(sizes: Sequence[int], length: int) -> tuple[list[int], list[int], int]:
-    """Row and column of each size, and the number of rows: each goes into the first row that still has room."""
+def clip_example(
+    tokens: Sequence[int], loss_mask: Sequence[int], length: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """The first `length` + 1 tokens and their loss mask; None if no target with loss is left among them.
+
+    An example that is cut has no end of turn to learn.
+    """
+    if len(tokens) != len(loss_mask):
+        raise ValueError(f"{len(tokens)} tokens with a loss mask of {len(loss_mask)}")
+    ids, mask = np.asarray(tokens[: length + 1], np.int32), np.asarray(loss_mask[: length + 1], np.int32)
+    return (ids, mask) if mask[1:].any() else None
+
+
+def first_fit(sizes: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
+    """Row and column of each size: each goes into the first of the last rows opened that still has room."""
     space = np.full(len(sizes), length, np.int64)
-    smallest = min(sizes)
-    first_open, row_of, column_of = 0, [], []
-    for size in sizes:
-        row = first_open + int(np.argmax(space[first_open:] >= size))
-        row_of.append(row)
-        column_of.append(int(length - space[row]))
+    smallest = int(sizes.min())
+    row_of, column_of = np.empty(len(sizes), np.int64), np.empty(len(sizes), np.int64)
+    first_open = num_rows = 0
+    for i, size in enumerate(sizes):
+        row = first_open + int(np.argmax(space[first_open : num_rows + 1] >= size))
+        row_of[i], column_of[i] = row, length - space[row]
         space[row] -= size
+        num_rows = max(num_rows, row + 1)
         # Rows too full for anything are not looked at again, which keeps the search short.
-        first_open += sum(1 for _ in itertools.takewhile(lambda room: room < smallest, space[first_open:]))
-    return row_of, column_of, max(row_of) + 1
+        first_open += sum(1 for _ in itertools.takewhile(lambda room: room < smallest, space[first_open:num_rows]))
+        first_open = max(first_open, num_rows - _OPEN_ROWS)
+    return row_of, column_of
 
 
-def _check_length(length: int) -> None:
+def left_pad(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """tokens and segment_ids [N, length] int32; each row ends at the right edge; segment 0 is padding."""
+    tokens, segment_ids = _empty(rows, length, pad_id)
+    for i, row in enumerate(rows):
+        tokens[i, length - len(row) :] = row
+        segment_ids[i, length - len(row) :] = 1
+    return tokens, segment_ids
+
+
+def right_pad(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    """tokens and segment_ids [N, length] int32; each row starts at the left edge; segment 0 is padding."""
+    tokens, segment_ids = _empty(rows, length, pad_id)
+    for i, row in enumerate(rows):
+        tokens[i, : len(row)] = row
+        segment_ids[i, : len(row)] = 1
+    return tokens, segment_ids
+
+
+def _empty(rows: Sequence[Sequence[int]], length: int, pad_id: int) -> tuple[np.ndarray, np.ndarray]:
+    longest = max((len(row) for row in rows), default=0)
+    if longest > length:
+        raise UserError(f"a text of {longest} tokens does not fit length={length}; raise it")
+    return np.full((len(rows), length), pad_id, np.int32), np.zeros((len(rows), length), np.int32)
+
+
+def check_length(length: int) -> None:
+    """Raises UserError unless a row has room for a token."""
     if length < 1:
         raise UserError(f"length={length} must be positive")

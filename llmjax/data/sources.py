@@ -1,349 +1,424 @@
-"""Text corpora: the built-in world, files, or a TensorFlow Datasets name; each as two sequences of documents.
+"""Your own data: text, dialogues, prompts and rankings from files or a TensorFlow Datasets name."""
 
-Nothing here needs TensorFlow or a network, but for TFDS names that are not yet on this machine.
-"""
+from __future__ import annotations
 
-import glob
-import gzip
-import json
+import hashlib
+import itertools
 import os
-import re
-import zlib
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from llmjax.annotations import did_you_mean
+from llmjax.data import formats, reading
+from llmjax.data.base import Data, Place, Splits, plural
+from llmjax.data.records import Dialogue, Prompt, Ranking
 from llmjax.errors import UserError
 
-_SUFFIXES = (".txt", ".jsonl", ".parquet", ".txt.gz", ".jsonl.gz")
-_VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
+PIECE = 2**16
+"""Characters of a document that are tokenised at once, at least."""
+
+
+class View:
+    """An iterable that begins anew each time: `make()` is one pass."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]]):
+        self._make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._make()
 
 
 @dataclass(frozen=True)
-class CorpusConfig:
-    """Where text comes from. `path` or `name` alone is enough: see `source`.
+class Source(Data):
+    """What all kinds of records are read from.
 
-    Attributes:
-        kind: "world" (built in), "files" or "tfds".
-        path: files: one or several globs, separated by commas. tfds: folder of its data sets, or without `name` the
-            folder of one prepared data set (default: TFDS's own).
-        name: TFDS data set, "pg19" or "wikipedia/20230601.simple".
-        text_key: field of a jsonl line, column of a parquet file, or feature of a TFDS data set that holds the text.
-        validation_fraction: share that is held out. Plain text: the last characters of the last files. jsonl, parquet
-            and TFDS: whole documents, evenly spread; not used where TFDS has a validation split.
-        validation_path: files: globs of held-out files; nothing is then held out of `path`.
-        document_separator: what is a document in a plain-text file: the "file", each of its "lines", or what stands
-            between "blank_lines".
-        num_documents, num_dialogues, seed: of the world.
+    path: one or several globs, separated by commas; with `name`, the folder of TFDS's data sets; or the folder of one such.
+    name: a TensorFlow Datasets name, "pg19" or "wikipedia/20230601.simple". validation_fraction: share that is held out,
+    where neither `validation_path` (globs) nor a validation split of TFDS says what is.
     """
 
-    kind: Literal["world", "files", "tfds"] = "world"
     path: str = ""
     name: str = ""
-    text_key: str = "text"
-    validation_fraction: float = 0.1
     validation_path: str = ""
-    document_separator: Literal["file", "lines", "blank_lines"] = "file"
-    num_documents: int = 45_000
-    num_dialogues: int = 8_000
-    seed: int = 0
-
-    @property
-    def source(self) -> Literal["world", "files", "tfds"]:
-        """`kind`, but when that is left at its default "tfds" if there is a `name`, "files" if there is a `path`."""
-        if self.kind != "world":
-            return self.kind
-        return "tfds" if self.name else "files" if self.path else "world"
+    validation_fraction: float = 0.1
 
     def validate(self) -> None:
-        """Raises UserError for values out of range or fields that do not go together."""
         if not 0 < self.validation_fraction < 1:
             raise UserError(f"validation_fraction={self.validation_fraction} must be between 0 and 1; 0.1 is usual")
-        for name in ("num_documents", "num_dialogues"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be positive")
-        if self.source == "files" and not self.path:
-            raise UserError("path is empty with kind=files; give --config.data.path=GLOB (text, jsonl or parquet files)")
-        if self.source == "files" and self.name:
-            raise UserError(f"name={self.name} is of TFDS but kind=files; leave out one of them")
-        if self.source == "tfds" and not (self.name or self.path):
-            raise UserError("name is empty with kind=tfds; give the name of a TFDS data set, or its folder as path")
-        if self.validation_path and self.source != "files":
-            raise UserError(f"validation_path={self.validation_path} goes with files only; give path too")
+        if not (self.path or self.name):
+            raise UserError("path is empty; give the path of your files, a glob, or the name of a TFDS data set")
+        if self.validation_path and self.is_tfds:
+            raise UserError(f"validation_path={self.validation_path} goes with files only; TFDS has splits of its own")
+
+    @property
+    def is_tfds(self) -> bool:
+        """Whether TFDS reads it: by name, or from the folder of a prepared data set."""
+        return bool(self.name) or os.path.exists(os.path.join(os.path.expanduser(self.path), "dataset_info.json"))
+
+    @property
+    def where(self) -> str:
+        """How messages name it."""
+        return f"name={self.name}" if self.name else f"path={self.path}"
+
+
+# ---- text ---------------------------------------------------------------------------------------------------------
+
+
+class Piece(str):
+    """A part of a document that goes on with the next text of the stream."""
+
+
+@dataclass(frozen=True)
+class Text(Source):
+    """Documents to pre-train on, from .txt, .jsonl and .parquet files (.txt and .jsonl also gzipped) or TFDS.
+
+    path, name, validation_path: as in `Source`. validation_fraction: of plain text the last characters of the last files; of
+    records whole documents, evenly spread. text_key: field of a record that holds the text. document_separator: what is a
+    document in a plain-text file: the "file", each of its "lines", or what stands between "blank_lines".
+    """
+
+    text_key: str = "text"
+    document_separator: Literal["file", "lines", "blank_lines"] = "file"
+    kind: ClassVar[type] = str
+
+    def validate(self) -> None:
+        super().validate()
         if not self.text_key:
             raise UserError("text_key is empty; name the field that holds the text")
 
+    def read(self, place: Place) -> Splits:
+        """The documents, after one pass over them that finds what is wrong with any and where the held-out part begins."""
+        del place
+        if self.is_tfds:
+            splits = self._read_tfds()
+        else:
+            plain, records = self._files(self.path, "path")
+            if self.validation_path:
+                held = self._files(self.validation_path, "validation_path")
+                splits = Splits(self._all(plain, records), {"validation": self._all(*held)})
+            else:
+                splits = self._split(plain, records)
+        for name, part in (("train", splits.train), *splits.held_out.items()):
+            if next(iter(part), None) is None:
+                raise UserError(f"{self.where}: the corpus has no {name} text; give more text")
+        return splits
+
+    def _files(self, patterns: str, field: str) -> tuple[list[str], list[str]]:
+        paths = reading.expand(patterns, field)
+        return [path for path in paths if reading.is_text(path)], [path for path in paths if not reading.is_text(path)]
+
+    def _all(self, plain: Sequence[str], records: Sequence[str]) -> View:
+        """Every document, after one pass that finds what is wrong with any."""
+        view = View(lambda: itertools.chain(documents(plain, self.document_separator), self._texts(records)))
+        for _ in view:
+            pass
+        return view
+
+    def _texts(self, paths: Sequence[str]) -> Iterator[str]:
+        for path in paths:
+            for where, record in reading.read_records(path, self.text_key):
+                text = reading.text_of(record, self.text_key, where)
+                if text.strip():
+                    yield text
+
+    def _split(self, plain: Sequence[str], records: Sequence[str]) -> Splits:
+        sizes, last, goes_on = 0, 0, False
+        for text in documents(plain, self.document_separator):
+            last = last if goes_on else sizes
+            sizes, goes_on = sizes + len(text), isinstance(text, Piece)
+        count = sum(1 for _ in self._texts(records))
+        if not sizes and not count:
+            raise UserError(f"{self.where}: the corpus is empty, there is no text in its files; check them")
+        if count == 1:
+            raise UserError(f"{self.where}: one document cannot be split; give more, or a validation_path")
+        inside = self.document_separator == "file"
+        cut = int(sizes * (1 - self.validation_fraction))
+        cut = cut if inside else min(cut, last)
+        held = hold_out(count, self.validation_fraction) if count else np.zeros(0, bool)
+
+        def part(validation: bool) -> Iterator[str]:
+            yield from _cut_by_characters(documents(plain, self.document_separator), cut, inside, validation)
+            yield from (text for text, out in zip(self._texts(records), held) if out == validation)
+
+        return Splits(View(lambda: part(False)), {"validation": View(lambda: part(True))})
+
+    def _read_tfds(self) -> Splits:
+        splits = reading.open_tfds(self.name, self.path)
+
+        def texts(records: reading.TFDSRecords) -> Iterator[str]:
+            return (text for where, r in records if (text := reading.text_of(r, self.text_key, where)).strip())
+
+        first = next(iter(splits["train"]), None)
+        if first is not None:
+            reading.text_of(first[1], self.text_key, self.where)
+        if "validation" in splits:
+            train, validation = (View(lambda split=split: texts(splits[split])) for split in ("train", "validation"))
+            return Splits(train, {"validation": validation})
+        held = hold_out(len(splits["train"]), self.validation_fraction)
+
+        def part(validation: bool) -> Iterator[str]:
+            chosen = (record for record, out in zip(splits["train"], held) if out == validation)
+            return (text for where, r in chosen if (text := reading.text_of(r, self.text_key, where)).strip())
+
+        return Splits(View(lambda: part(False)), {"validation": View(lambda: part(True))})
+
+
+def hold_out(size: int, fraction: float) -> np.ndarray:
+    """Which of `size` records are held out, bool [size]: every 1/fraction-th, at least one."""
+    edges = np.arange(size + 1) * max(1, int(size * fraction)) // max(1, size)
+    return np.diff(edges) > 0
+
+
+def documents(paths: Sequence[str], separator: str) -> Iterator[str]:
+    """The documents of plain-text files that are not blank; a long one in pieces."""
+    for path in paths:
+        if separator == "file":
+            yield from _joined(reading.text_blocks(path), blank="")
+        elif separator == "lines":
+            for line in _lines(path):
+                if line.strip():
+                    yield from cut_pieces(line.removesuffix("\r"))
+        else:
+            for blank, group in itertools.groupby(_lines(path), key=lambda line: not line.strip(" \t\r")):
+                if not blank:
+                    yield from _joined(group, blank="\n")
+
+
+def _lines(path: str) -> Iterator[str]:
+    waiting: list[str] = []
+    for block in reading.text_blocks(path):
+        first, *rest = block.split("\n")
+        waiting.append(first)
+        if rest:
+            yield "".join(waiting)
+            yield from rest[:-1]
+            waiting = [rest[-1]]
+    yield "".join(waiting)
+
+
+def _joined(parts: Iterable[str], blank: str) -> Iterator[str]:
+    """One document of parts with `blank` between them, in pieces as it comes; nothing if it is blank."""
+    text, begun = "", False
+    for number, part in enumerate(parts):
+        text = f"{text}{blank if number else ''}{part}"
+        while len(text) > 2 * PIECE:
+            at = cut_point(text, PIECE)
+            piece = text[:at]
+            yield Piece(piece if begun or not blank else piece.lstrip("\r\n"))
+            text, begun = text[at:], True
+    if blank:
+        text = text.rstrip("\r\n") if begun else text.strip("\r\n")
+    if begun or text.strip():
+        yield text
+
+
+def cut_pieces(text: str) -> Iterator[str]:
+    """A document in pieces of at most 2 * PIECE characters; itself if it is no longer than that."""
+    start = 0
+    while len(text) - start > 2 * PIECE:
+        end = cut_point(text, start + PIECE)
+        yield Piece(text[start:end])
+        start = end
+    yield text[start:] if start else text
+
+
+def cut_point(text: str, at: int) -> int:
+    """Where a text may be cut near `at` so that its parts have the tokens of the whole: before a space between letters, for a
+    word is never joined with what stands before its space. `at` itself if there is none in the 4,096 characters before."""
+    for place in range(at, max(1, at - 4096), -1):
+        if text[place] == " " and text[place - 1].isalpha() and text[place + 1 : place + 2].isalpha():
+            return place
+    return at
+
+
+def _cut_by_characters(texts: Iterable[str], cut: int, inside: bool, validation: bool) -> Iterator[str]:
+    """What stands before the `cut`-th character of all texts together, or behind it. inside: a document may be cut there, as
+    nanoGPT does with text[: int(0.9 * len(text))]; else it belongs to the side where it begins."""
+    start, side = 0, False
+    begins = True
+    for text in texts:
+        head = max(0, min(len(text), cut - start))
+        start += len(text)
+        if not inside:
+            side = (head == 0) if begins else side
+            head = 0 if side else len(text)
+        begins = not isinstance(text, Piece)
+        part = text[head:] if validation else text[:head]
+        if part:
+            goes_on = isinstance(text, Piece) and (validation or not inside or start < cut)
+            yield Piece(part) if goes_on else part
+
+
+# ---- dialogues, prompts, rankings ---------------------------------------------------------------------------------
+
+
+Reader = Callable[[dict[str, Any]], Any]
+"""A record -> a `Dialogue`, `Prompt` or `Ranking`, or None to leave it out."""
+
 
 @dataclass(frozen=True)
-class Corpus:
-    """Documents by index, none empty. What is not text files may be read anew at each access."""
+class Records(Source):
+    """Records of .jsonl(.gz) and .parquet files, or TFDS, in a format that is recognised by their fields.
 
-    train: Sequence[str]
-    validation: Sequence[str]
-
-
-def open_corpus(cfg: CorpusConfig, data_dir: str | os.PathLike) -> Corpus:
-    """The corpus of `cfg`. data_dir: where the world is built, and found when it is already there.
-
-    Raises:
-        UserError: one line that names the file and the line, row or byte, the field or the data set that is wrong.
+    format: "auto", the name of a known format, or a function from a record (a dict) to what it means.
     """
-    cfg.validate()
-    corpus = {"world": _read_world, "files": _read_files, "tfds": _read_tfds}[cfg.source](cfg, data_dir)
-    for split in ("train", "validation"):
-        if not len(getattr(corpus, split)):
-            raise UserError(f"{cfg.name or cfg.path or cfg.source}: the corpus has no {split} text; give more text")
-    return corpus
 
+    format: str | Reader = "auto"
+    known: ClassVar[tuple[formats.Format, ...]] = ()
 
-class TextView(Sequence[str]):
-    """The text field of records of a random-access source, decoded at each access. rows: which records, default all."""
+    def validate(self) -> None:
+        super().validate()
+        names = [one.name for one in self.known]
+        if isinstance(self.format, str) and self.format not in ("auto", *names):
+            raise UserError(f"format={self.format!r} is none of auto, {', '.join(names)}, nor a function")
 
-    def __init__(self, records: Any, key: str, rows: range | np.ndarray | None = None, where: str = "record"):
-        self._records, self._key, self._where = records, key, where
-        self._rows = range(len(records)) if rows is None else rows
+    def read(self, place: Place) -> Splits:
+        """The records as `kind`, after one pass over them that finds what is wrong with any and which prompts are held out."""
+        del place
+        if self.is_tfds:
+            found = reading.open_tfds(self.name, self.path)
+            train, held = found["train"], found.get("validation")
+        else:
+            train = self._files(self.path, "path")
+            held = self._files(self.validation_path, "validation_path") if self.validation_path else None
+        convert, name = self._converter(train)
+        items, groups, left_out = _scan(train, convert)
+        if not items:
+            raise UserError(f"{self.where}: no record to learn from; check the files")
+        note = f"{items:,} {plural(self.kind)} of {self.name or self.path}, format {name}"
+        note += f", {left_out:,} left out" if left_out else ""
+        if held is not None:
+            if not _scan(held, convert)[0]:
+                raise UserError(f"{self.where}: no validation record; give some, or leave out validation_path")
+            return Splits(_every(train, convert), {"validation": _every(held, convert)}, note)
+        if len(set(groups)) < 2:
+            raise UserError(f"{self.where}: all records have one prompt, so none can be held out; give a validation_path")
+        chosen = _held_out_groups(groups, self.validation_fraction)
+        train_view, held_view = (View(lambda out=out: _side(train, convert, chosen, out)) for out in (False, True))
+        return Splits(train_view, {"validation": held_view}, note)
 
-    def __len__(self) -> int:
-        return len(self._rows)
+    def _files(self, patterns: str, field: str) -> View:
+        paths = reading.expand(patterns, field, reading.RECORD_SUFFIXES)
+        return View(lambda: (placed for path in paths for placed in reading.read_records(path)))
 
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return TextView(self._records, self._key, self._rows[index], self._where)
-        row = int(self._rows[index])
-        text = self._records[row][self._key]
-        if not isinstance(text, bytes):
-            return text
+    def _converter(self, records: Iterable[reading.Placed]) -> tuple[Callable[[str, dict[str, Any]], Any], str]:
+        """(place, record) -> what it means, and the name of the format."""
+        if callable(self.format):
+            reader, name = self.format, getattr(self.format, "__name__", type(self.format).__name__)
+            return lambda where, record: _call(reader, where, record, self.kind, name), name
+        first = next(iter(records), None)
+        if first is None:
+            raise UserError(f"{self.where}: holds no record; check the files")
+        where, record = first
         try:
-            return text.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{self._where} {row}: not UTF-8 (byte {error.start}); mend the data set") from error
+            one = next((one for one in self.known if one.name == self.format), None) or formats.recognise(self.known, record)
+        except UserError as error:
+            raise UserError(f"{where}: {error}") from error
+
+        def read(record: dict[str, Any]) -> Any:
+            if not one.fits(record):
+                raise UserError(f"not of format {one.name}, {one.shape}; it has {', '.join(record) or 'no field'}")
+            return one.read(record)
+
+        return lambda where, record: _call(read, where, record, self.kind, one.name), one.name
 
 
-def _hold_out(size: int, fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices below `size` for train and validation: every 1/fraction-th is held out, at least one."""
-    held_out = max(1, int(size * fraction))
-    edges = np.arange(size + 1) * held_out // size
-    is_held_out = np.diff(edges) > 0
-    return np.flatnonzero(~is_held_out), np.flatnonzero(is_held_out)
+@dataclass(frozen=True)
+class Dialogues(Records):
+    """Dialogues for SFT: messages, prompt and completion, Alpaca, ShareGPT, HH-RLHF (docs/data.md has each). Split by the first
+    message of the user."""
+
+    kind: ClassVar[type] = Dialogue
+    known: ClassVar[tuple[formats.Format, ...]] = formats.DIALOGUE_FORMATS
 
 
-# ---- the world ---------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Prompts(Records):
+    """Prompts for RL and evaluation, text or messages, with any further fields for rewards to look at. Split by prompt."""
+
+    kind: ClassVar[type] = Prompt
+    known: ClassVar[tuple[formats.Format, ...]] = formats.PROMPT_FORMATS
 
 
-def _read_world(cfg: CorpusConfig, data_dir: str | os.PathLike) -> Corpus:
-    from llmjax.data.builder import open_world, prepare_world
+@dataclass(frozen=True)
+class Rankings(Records):
+    """Ranked answers for reward models and DPO: ranks or scores of K answers, chosen and rejected, groups of equals. Split by
+    prompt, never by pair."""
 
-    folder = prepare_world(data_dir, seed=cfg.seed, num_documents=cfg.num_documents, num_dialogues=cfg.num_dialogues)
-    return Corpus(open_world(folder, "documents", "train"), open_world(folder, "documents", "validation"))
-
-
-# ---- files -------------------------------------------------------------------------------------------------------
-
-
-def _read_files(cfg: CorpusConfig, data_dir: str | os.PathLike) -> Corpus:
-    del data_dir
-    texts, records = _read_globs(cfg.path, "path", cfg)
-    if cfg.validation_path:
-        held_texts, held_records = _read_globs(cfg.validation_path, "validation_path", cfg)
-        held_out = [*_documents(held_texts, cfg.document_separator), *held_records]
-        return Corpus([*_documents(texts, cfg.document_separator), *records], held_out)
-    documents = _documents(texts, cfg.document_separator)
-    if not documents and not records:
-        raise UserError(f"path={cfg.path}: the corpus is empty, there is no text in its files; check them")
-    train, validation = [], []
-    if documents:
-        train, validation = _cut_by_characters(documents, cfg.validation_fraction, cfg.document_separator == "file")
-    if len(records) == 1:
-        raise UserError(f"path={cfg.path}: one document cannot be split; give more, or a validation_path")
-    if records:
-        indices = _hold_out(len(records), cfg.validation_fraction)
-        train, validation = ([*part, *(records[i] for i in rows)] for part, rows in zip((train, validation), indices))
-    return Corpus(train, validation)
+    kind: ClassVar[type] = Ranking
+    known: ClassVar[tuple[formats.Format, ...]] = formats.RANKING_FORMATS
 
 
-def _read_globs(patterns: str, field: str, cfg: CorpusConfig) -> tuple[list[str], list[str]]:
-    """Texts of the plain-text files, and documents of the others, in the order of the sorted file names."""
-    texts, records = [], []
-    for path in _expand(patterns, field):
-        suffix = next((suffix for suffix in sorted(_SUFFIXES, key=len) if path.lower().endswith(suffix)), None)
-        if suffix is None:
-            raise UserError(f"{path}: unknown suffix; files are read as {', '.join(_SUFFIXES)}")
-        try:
-            if suffix.startswith(".txt"):
-                texts.append(_read_text(path))
-            elif suffix.startswith(".jsonl"):
-                records += _read_jsonl(path, cfg.text_key)
-            else:
-                records += _read_parquet(path, cfg.text_key)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise UserError(f"{path}: not a whole gzip file ({error}); compress or download it anew") from error
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
-    return texts, [text for text in records if text.strip()]
-
-
-def _expand(patterns: str, field: str) -> list[str]:
-    paths = set()
-    for pattern in filter(None, (pattern.strip() for pattern in patterns.split(","))):
-        found = glob.glob(os.path.expanduser(pattern), recursive=True)
-        files = [path for path in found if os.path.isfile(path)]
-        if not files and found:
-            raise UserError(f"{field}={pattern} is a folder; name its files, such as {os.path.join(pattern, '*.txt')}")
-        if not files:
-            folder = os.path.dirname(pattern) or "."
-            near = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-            hint = did_you_mean(os.path.basename(pattern), near[:50]) if near else f"there is no folder {folder}"
-            raise UserError(f"{field}={pattern} matches no file; {hint}")
-        paths.update(files)
-    return sorted(paths)
-
-
-def _open(path: str):
-    return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")
-
-
-def _read_text(path: str) -> str:
-    with _open(path) as file:
-        data = file.read()
+def _call(reader: Reader, where: str, record: dict[str, Any], kind: type, name: str) -> Any:
+    """What a record means, with its place in errors and as the id of a prompt that has none."""
     try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 (byte {error.start}); convert it to UTF-8") from error
+        item = reader(record)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        raise UserError(f"{where}: format {name} fails ({reason}); mend the record or the format") from error
+    if item is None:
+        return None
+    if not isinstance(item, kind):
+        raise UserError(f"{where}: format {name} returned a {type(item).__name__}; it must return a {kind.__name__} or None")
+    for text in _texts_of(item):
+        if not text.isascii() and formats.SURROGATE.search(text):
+            raise UserError(f"{where}: {text[:20]!r} holds a lone surrogate, which is no valid Unicode; mend the record")
+    if isinstance(item, Dialogue) and not item.id:
+        return replace(item, id=where)
+    if isinstance(item, Prompt) and not item.id:
+        return replace(item, id=os.path.basename(where))
+    if isinstance(item, Ranking) and not item.prompt.id:
+        return replace(item, prompt=replace(item.prompt, id=os.path.basename(where)))
+    return item
 
 
-def _read_jsonl(path: str, key: str) -> Iterator[str]:
-    with _open(path) as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}:{number}: not UTF-8 (byte {error.start} of the line); convert it") from error
-            except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", error)
-                raise UserError(f"{path}:{number}: not JSON ({reason}); mend or remove the line") from error
-            if not isinstance(record, dict):
-                raise UserError(f"{path}:{number}: a {type(record).__name__}, not an object; write {{\"{key}\": ...}}")
-            if key not in record:
-                raise UserError(f"{path}:{number}: no field '{key}'; {_other_key(key, record)}")
-            yield _checked(record[key], f"{path}:{number}", key)
+def _texts_of(item: Dialogue | Prompt | Ranking) -> Iterator[str]:
+    """What is going to be tokenised."""
+    messages = item.prompt.messages if isinstance(item, Ranking) else item.messages
+    yield from (message.content for message in messages if message.content)
+    if isinstance(item, Ranking):
+        yield from (completion.text for completion in item.completions)
 
 
-def _read_parquet(path: str, key: str) -> Iterator[str]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        with pyarrow.parquet.ParquetFile(path) as file:
-            if key not in file.schema_arrow.names:
-                raise UserError(f"{path}: no column '{key}'; {_other_key(key, file.schema_arrow.names)}")
-            row = 0
-            for batch in file.iter_batches(columns=[key]):
-                for value in batch.column(0).to_pylist():
-                    row += 1
-                    yield _checked(value, f"{path} row {row}", key)
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{path}: not a whole parquet file ({reason}); write or download it anew") from error
+def _scan(records: Iterable[reading.Placed], convert) -> tuple[int, np.ndarray, int]:
+    """Number of items, the group of each, and the number of records left out; finds what is wrong with any."""
+    groups, left_out = [], 0
+    for where, record in records:
+        item = convert(where, record)
+        if item is None:
+            left_out += 1
+        else:
+            groups.append(group_of(item))
+    return len(groups), np.array(groups, np.uint64), left_out
 
 
-def _other_key(key: str, there: Iterable[str]) -> str:
-    there = list(there)
-    near = did_you_mean(key, there)
-    has = f"it has {', '.join(there[:8]) or 'none'}"
-    return f"{near} ({has})" if near.startswith("did") else f"{has}; set text_key"
+def _every(records: Iterable[reading.Placed], convert) -> View:
+    return View(lambda: (item for where, record in records if (item := convert(where, record)) is not None))
 
 
-def _checked(text: Any, where: str, key: str) -> str:
-    if not isinstance(text, str):
-        raise UserError(f"{where}: '{key}' is a {type(text).__name__}, not text; set text_key or mend it")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise UserError(f"{where}: '{key}' has a lone surrogate at character {error.start}; mend it") from error
-    return text
+def _side(records: Iterable[reading.Placed], convert, held_out: frozenset[int], validation: bool) -> Iterator[Any]:
+    for item in _every(records, convert):
+        if (group_of(item) in held_out) == validation:
+            yield item
 
 
-def _documents(texts: Iterable[str], separator: str) -> list[str]:
-    if separator == "lines":
-        texts = (line.rstrip("\r") for text in texts for line in text.split("\n"))
-    elif separator == "blank_lines":
-        texts = (part.strip("\r\n") for text in texts for part in re.split(r"\n[ \t\r]*\n", text))
-    return [text for text in texts if text.strip()]
+def group_of(item: Dialogue | Prompt | Ranking) -> int:
+    """A number of 64 bits for what is held out together: equal prompts, dialogues that begin alike."""
+    if isinstance(item, Dialogue):
+        begun = itertools.takewhile(lambda message: message.role != "assistant", item.messages)
+    else:
+        begun = iter((item.prompt if isinstance(item, Ranking) else item).messages)
+    text = "\0".join(f"{message.role}:{message.content}" for message in begun)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
-def _cut_by_characters(documents: list[str], fraction: float, inside: bool) -> tuple[list[str], list[str]]:
-    """The last `fraction` of the characters is validation. inside: cut within a document; else it begins with the next.
-
-    With one document for the whole of a file this is the split of nanoGPT, text[: int(0.9 * len(text))].
-    """
-    cut = int(sum(map(len, documents)) * (1 - fraction))
-    train, validation, start = [], [], 0
-    for document in documents:
-        head = max(0, min(len(document), cut - start))
-        start += len(document)
-        if not inside and head:
-            head = len(document)
-        train += [document[:head]] if head else []
-        validation += [document[head:]] if head < len(document) else []
-    if not validation and len(train) > 1:
-        validation = [train.pop()]
-    return train, validation
-
-
-# ---- TensorFlow Datasets -----------------------------------------------------------------------------------------
-
-
-def _read_tfds(cfg: CorpusConfig, data_dir: str | os.PathLike) -> Corpus:
-    del data_dir
-    where = f"name={cfg.name}" if cfg.name else f"path={cfg.path}"
-    builder = _tfds_builder(cfg, where)
-    if cfg.text_key not in builder.info.features:
-        raise UserError(f"{where}: no feature '{cfg.text_key}'; {_other_key(cfg.text_key, builder.info.features)}")
-    splits = list(builder.info.splits)
-    if "train" not in splits:
-        raise UserError(f"{where}: no split 'train', it has {', '.join(splits)}; choose another data set")
-    held_out = next((split for split in _VALIDATION_SPLITS if split in splits), None)
-    try:
-        train = builder.as_data_source("train")
-        if held_out is not None:
-            return Corpus(
-                TextView(train, cfg.text_key, where=f"{where} train"),
-                TextView(builder.as_data_source(held_out), cfg.text_key, where=f"{where} {held_out}"),
-            )
-    except NotImplementedError as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{where}: not prepared for random access ({reason}); remove {builder.data_path}") from error
-    rows = _hold_out(len(train), cfg.validation_fraction)
-    return Corpus(*(TextView(train, cfg.text_key, part, f"{where} train") for part in rows))
-
-
-def _tfds_builder(cfg: CorpusConfig, where: str):
-    """The builder, its data on disk as array_record; downloads what is not there."""
-    import tensorflow_datasets as tfds
-
-    if cfg.name.startswith("huggingface:"):
-        raise UserError(f"{where}: Hugging Face data sets are not read by name; download one, give its files as path")
-    try:
-        if not cfg.name:
-            return tfds.builder_from_directory(cfg.path)
-        builder = tfds.builder(cfg.name, data_dir=cfg.path or None, file_format="array_record")
-        builder.download_and_prepare()
-        return builder
-    except tfds.core.registered.DatasetNotFoundError as error:
-        known = tfds.list_builders(with_community_datasets=False)
-        near = did_you_mean(re.split("[/:]", cfg.name)[0], known)
-        near = near if near.startswith("did") else "see tensorflow.org/datasets/catalog"
-        raise UserError(f"{where}: TFDS has no such data set, or not that config or version; {near}") from error
-    except ImportError as error:
-        raise UserError(
-            f"{where}: TFDS needs the package {error.name or error} for it, which is not installed; install that, "
-            "choose another data set, or export this one to jsonl and give path"
-        ) from error
-    except (OSError, ValueError, AssertionError) as error:
-        reason = next(iter(str(error).splitlines()), type(error).__name__)
-        raise UserError(f"{where}: cannot be prepared ({reason}); check name, folder and network") from error
+def _held_out_groups(groups: np.ndarray, fraction: float) -> frozenset[int]:
+    """As many groups, by their numbers, as hold `fraction` of the items; at least one, and not all. The order of the records
+    does not matter, and a record that is added later moves few others."""
+    unique, counts = np.unique(groups, return_counts=True)
+    size = int(np.searchsorted(np.cumsum(counts), fraction * len(groups), side="right"))
+    return frozenset(int(group) for group in unique[: min(max(1, size), len(unique) - 1)])

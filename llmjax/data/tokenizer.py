@@ -11,34 +11,44 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from llmjax.data.chat import DEFAULT_TEMPLATE
+from llmjax.data.template import DEFAULT_TEMPLATE
 from llmjax.data.vocabulary import byte_to_char, check_decoder, drops_first_space, token_table
 from llmjax.errors import UserError
 from llmjax.files import read_json, read_text, whole_folder
 
-PAD, ENDOFTEXT, SYSTEM, USER, ASSISTANT, END = SPECIAL_TOKENS = (
+PAD, END_OF_TEXT, SYSTEM, USER, ASSISTANT, END_OF_TURN = SPECIAL_TOKENS = (
     "<|pad|>", "<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>",
 )
 """Padding; between documents, and the first token of every text; the three roles; the end of a turn. Ids 0 to 5."""
 
 _TOKENIZER_FILE, _TEMPLATE_FILE, _CONFIG_FILE = "tokenizer.json", "chat_template.jinja", "tokenizer_config.json"
 _MIN_VOCAB_SIZE = len(SPECIAL_TOKENS) + 256
+MAX_WORD = 512  # characters; longer runs without white space are cut where merges are learnt
+_LONG_WORD = re.compile(rf"\S{{{MAX_WORD + 1},}}")
+OTHER_TOKENS = ("unk_token", "sep_token", "cls_token", "mask_token")
+"""Further control tokens that a published tokenizer names, and a chat template may."""
 
 
 @dataclass(frozen=True)
 class TokenizerConfig:
-    """kind "bpe" learns `vocab_size` tokens, control tokens and the 256 bytes included; "byte" has only these 262."""
+    """The tokenizer that an experiment trains on the text of its first stage, where it does not start from a model's own.
+
+    kind: "bpe" learns tokens, "byte" has the 256 bytes and the control tokens only. vocab_size: of a BPE, control tokens and
+    the 256 bytes included. train_chars: a BPE is learnt from so many characters, from the beginning of the text.
+    """
 
     kind: Literal["bpe", "byte"] = "bpe"
     vocab_size: int = 1024
+    train_chars: int = 2**28
 
     def validate(self) -> None:
         """Raises UserError if the vocabulary cannot hold every byte and every control token."""
@@ -47,22 +57,37 @@ class TokenizerConfig:
                 f"vocab_size={self.vocab_size} is less than {_MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} "
                 f"control tokens); use at least {_MIN_VOCAB_SIZE}, or kind=byte"
             )
+        if self.train_chars < 1:
+            raise UserError(f"train_chars={self.train_chars} must be positive")
+
+    @property
+    def size(self) -> int:
+        """Number of ids that the tokenizer is going to have, if its text is large enough."""
+        return self.vocab_size if self.kind == "bpe" else _MIN_VOCAB_SIZE
 
 
 @dataclass(frozen=True)
 class Controls:
-    """Names of the control tokens that training needs: padding; between documents and first of a text; end of a turn."""
+    """The control tokens that training and generation need, by name.
+
+    pad: padding. bos: in front of every text. eos: behind every document. end_of_turn: what ends an assistant's turn in the
+    chat template; may be eos. stop_ids: further ids at which generation stops. others: what else a template may name
+    ("unk_token": "<unk>").
+    """
 
     pad: str = PAD
-    endoftext: str = ENDOFTEXT
-    end: str = END
+    bos: str = END_OF_TEXT
+    eos: str = END_OF_TEXT
+    end_of_turn: str = END_OF_TURN
+    stop_ids: tuple[int, ...] = ()
+    others: Mapping[str, str] = field(default_factory=dict)
 
 
 class Tokenizer:
     """Text <-> token ids. Immutable. Made by `train` or `load`, or from a Hugging Face folder (`llmjax.interop`).
 
     Attributes:
-        chat_template: jinja2 source that `llmjax.data.chat.encode_chat` renders.
+        chat_template: jinja2 source that `llmjax.data.template.encode_chat` renders.
         controls: which of its tokens mean what.
     """
 
@@ -78,21 +103,26 @@ class Tokenizer:
         self._serialized = serialized
         self.chat_template = chat_template
         self.controls = controls
-        for token in (controls.pad, controls.endoftext, controls.end):
-            if self._plain.token_to_id(token) is None:
-                raise UserError(f"the tokenizer has no control token {token!r}; train one with llmjax")
+        for token in (controls.pad, controls.bos, controls.eos, controls.end_of_turn):
+            self._id(token)
         check_decoder(self._plain)
-        names = [self._plain.id_to_token(i) for i in sorted(self.control_ids)]
+        names = sorted(self.control_names)
         for name, *found in zip(names, self.encode_batch(names), self.encode_batch([f"x{name}x" for name in names])):
             if any(self._plain.token_to_id(name) in ids for ids in found):
                 raise UserError(f"the tokenizer makes a control token of the plain text {name!r}; use a BPE")
+
+    def _id(self, control: str) -> int:
+        found = self._plain.token_to_id(control)
+        if found is None:
+            raise UserError(f"the tokenizer has no control token {control!r}; train one with llmjax")
+        return found
 
     @classmethod
     def train(cls, texts: Iterable[str], cfg: TokenizerConfig) -> "Tokenizer":
         """Learns the merges from `texts` (read once). The same texts in the same order give the same tokenizer.
 
         A corpus too small for cfg.vocab_size merges gives a smaller vocabulary. "byte" reads no text; byte b has id
-        b + 6. Raises UserError if cfg is not valid.
+        b + 6. Ctrl-C is heeded. Raises UserError if cfg is not valid.
         """
         cfg.validate()
         if cfg.kind == "byte":
@@ -108,7 +138,8 @@ class Tokenizer:
                 vocab_size=cfg.vocab_size, special_tokens=list(SPECIAL_TOKENS), show_progress=False,
                 initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
             )
-            tokenizer.train_from_iterator(texts, trainer)
+            words = _bounded(texts, cfg.train_chars)
+            _interruptible(lambda: tokenizer.train_from_iterator(words, trainer))
         return cls(tokenizer.to_str())
 
     @classmethod
@@ -118,7 +149,12 @@ class Tokenizer:
         serialized, template = read_text(folder / _TOKENIZER_FILE), read_text(folder / _TEMPLATE_FILE)
         config = read_json(folder / _CONFIG_FILE)
         try:
-            return cls(serialized, template, Controls(*(config[f"{name}_token"] for name in ("pad", "bos", "eos"))))
+            pad, bos, eos, end_of_turn = (config[f"{name}_token"] for name in ("pad", "bos", "eos", "end_of_turn"))
+            others = {name: config[name] for name in OTHER_TOKENS if name in config}
+            return cls(serialized, template, Controls(pad, bos, eos, end_of_turn, tuple(config["stop_ids"]), others))
+        except KeyError as error:
+            missing = error.args[0]
+            raise UserError(f"{folder / _CONFIG_FILE}: no {missing!r}; restore the file or train the tokenizer anew") from error
         except UserError as error:
             raise UserError(f"{folder / _TOKENIZER_FILE}: {error}") from error
         except Exception as error:  # the library raises bare Exception for any malformed file
@@ -132,9 +168,10 @@ class Tokenizer:
         """
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "pad_token": self.controls.pad, "bos_token": self.controls.endoftext, "eos_token": self.controls.end,
+            "pad_token": self.controls.pad, "bos_token": self.controls.bos, "eos_token": self.controls.eos,
+            "end_of_turn_token": self.controls.end_of_turn, "stop_ids": list(self.controls.stop_ids), **self.controls.others,
             "model_input_names": ["input_ids", "attention_mask"],
-        }
+        }  # fmt: skip
         with whole_folder(folder) as new:
             (new / _TOKENIZER_FILE).write_text(self._serialized, encoding="utf-8")
             (new / _TEMPLATE_FILE).write_text(self.chat_template, encoding="utf-8")
@@ -215,27 +252,38 @@ class Tokenizer:
     @functools.cached_property
     def control_names(self) -> frozenset[str]:
         """The texts of `control_ids`."""
-        return frozenset(self._plain.id_to_token(i) for i in self.control_ids)
+        return frozenset(name for i in self.control_ids if (name := self._plain.id_to_token(i)) is not None)
 
     @property
     def template_variables(self) -> dict[str, str]:
         """Names of control tokens that a chat template may use."""
-        return {"bos_token": self.controls.endoftext, "eos_token": self.controls.end, "pad_token": self.controls.pad}
+        own = {"bos_token": self.controls.bos, "eos_token": self.controls.eos, "pad_token": self.controls.pad}
+        return own | dict(self.controls.others)
 
     @property
     def pad_id(self) -> int:
         """Id of padding."""
-        return self._plain.token_to_id(self.controls.pad)
+        return self._id(self.controls.pad)
 
     @property
-    def endoftext_id(self) -> int:
-        """Id of the token between documents, which is also the first of every text."""
-        return self._plain.token_to_id(self.controls.endoftext)
+    def bos_id(self) -> int:
+        """Id of the first token of every text."""
+        return self._id(self.controls.bos)
 
     @property
-    def end_id(self) -> int:
-        """Id of the end of a turn."""
-        return self._plain.token_to_id(self.controls.end)
+    def eos_id(self) -> int:
+        """Id of the token that ends a document; may be bos_id."""
+        return self._id(self.controls.eos)
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """Id of the token that ends the assistant's turn."""
+        return self._id(self.controls.end_of_turn)
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Ids at which an answer ends, sorted: end of turn, end of document, and what the model's own folder names."""
+        return tuple(sorted({self.end_of_turn_id, self.eos_id, *self.controls.stop_ids}))
 
 
 class DecodeStream:
@@ -265,6 +313,42 @@ class DecodeStream:
         self._decoder.reset()
         self._at_beginning = self._drops_first_space
         return rest
+
+
+def _bounded(texts: Iterable[str], most: int) -> Iterator[str]:
+    """The first `most` characters of all texts together, long words cut: learning merges takes time quadratic in a word."""
+    for text in texts:
+        text = text[:most]
+        most -= len(text)
+        start = 0
+        for word in _LONG_WORD.finditer(text):
+            yield text[start : word.start()]
+            yield from (word[0][i : i + MAX_WORD] for i in range(0, len(word[0]), MAX_WORD))
+            start = word.end()
+        yield text[start:] if start else text
+        if most <= 0:
+            return
+
+
+def _interruptible(work: Callable[[], None]) -> None:
+    """Runs `work`, which may not look for signals for minutes, so that Ctrl-C raises KeyboardInterrupt at once.
+
+    The thread it leaves behind then ends with the process.
+    """
+    raised: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:  # handed on below
+            raised.append(error)
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    while thread.is_alive():
+        thread.join(0.1)
+    if raised:
+        raise raised[0]
 
 
 def _with_template_tokens_special(serialized: str, chat_template: str) -> str:

@@ -1,99 +1,92 @@
-"""What a model answers to questions, and what the gold judge says of it."""
+"""What a model answers to prompts, and what scores say of it."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from llmjax.data.chat import encode_chat
-from llmjax.data.dialogues import Question
-from llmjax.data.gold import follows_instruction, judge
-from llmjax.data.prompts import left_pad
+from llmjax.data.packing import left_pad
+from llmjax.data.records import Completion, Prompt
 from llmjax.data.tokenizer import Tokenizer
-from llmjax.generation.decode import generate
+from llmjax.generation.decode import Generation, generate
 from llmjax.generation.sampling import SamplingConfig
+from llmjax.generation.score import join_response, response_log_probs
 from llmjax.models.config import ModelConfig
 from llmjax.models.transformer import Params
-from llmjax.objectives.ppo import response_log_probs
-from llmjax.rl.rollout import join_response
+from llmjax.results import Metric
 from llmjax.sharding import put_batch
+from llmjax.tasks.base import Reward
+from llmjax.units import words
 
 
 @dataclass(frozen=True)
-class Answer:
-    """text: what the user sees. tokens: with the end of turn, if there is one. ended: whether the model ended itself.
-    kl: log pi(answer) - log reference(answer), nats (0 without a reference)."""
+class Answers:
+    """One answer to each of N prompts.
 
-    text: str
-    tokens: tuple[int, ...]
-    ended: bool
-    kl: float = 0.0
+    prompt_tokens: ids that each answer goes on from. kl: log pi(answer) - log reference(answer), nats [N]; 0 without a
+    reference.
+    """
 
-
-def question_tokens(questions: Sequence[Question], tokenizer: Tokenizer) -> list[list[int]]:
-    """Each question as a one-turn chat that an answer goes on from."""
-    return [
-        encode_chat(tokenizer, [{"role": "user", "content": q.text}], add_generation_prompt=True).tokens
-        for q in questions
-    ]
-
-
-def question_prompts(questions: Sequence[Question], tokenizer: Tokenizer, length: int) -> dict[str, np.ndarray]:
-    """`question_tokens` padded on the left: tokens and segment_ids [N, length] int32. Raises UserError if one is longer."""
-    tokens, segment_ids = left_pad(question_tokens(questions, tokenizer), length, tokenizer.pad_id)
-    return {"tokens": tokens, "segment_ids": segment_ids}
+    prompts: Sequence[Prompt]
+    prompt_tokens: Sequence[Sequence[int]]
+    completions: Sequence[Completion]
+    kl: np.ndarray
 
 
 def answer_prompts(
     params: Params,
-    prompts: dict[str, np.ndarray],
+    prompts: Sequence[Prompt],
+    prompt_tokens: Sequence[Sequence[int]],
     keys_N: jax.Array,
     *,
     cfg: ModelConfig,
     sampling: SamplingConfig,
     tokenizer: Tokenizer,
-    end_id: int,
+    stop_ids: Sequence[int],
+    length: int,
     batch_size: int,
     mesh: Mesh | None = None,
     reference: Params | None = None,
-) -> list[Answer]:
-    """One answer per prompt row [N, T], in batches of `batch_size` rows (the last one is filled up and cut).
+) -> Answers:
+    """Answers every prompt, padded on the left to `length`, in batches of `batch_size` rows (the last is filled up and cut).
 
-    Each ends with `end_id` or at sampling.max_new_tokens. reference: a model to measure the KL against.
+    Each answer ends with one of `stop_ids` or at sampling.max_new_tokens. reference: a model to measure the KL against.
     """
-    count = len(prompts["tokens"])
-    answers: list[Answer] = []
+    tokens, segment_ids = left_pad(prompt_tokens, length, tokenizer.pad_id)
+    count, completions, kl = len(tokens), [], []
     for start in range(0, count, batch_size):
         rows = np.minimum(np.arange(start, start + batch_size), count - 1)
-        batch = put_batch({name: value[rows] for name, value in prompts.items()}, mesh)
+        batch = put_batch({"tokens": tokens[rows], "segment_ids": segment_ids[rows]}, mesh)
         generation = generate(
             params, batch["tokens"], batch["segment_ids"], keys_N[rows],
-            cfg=cfg, sampling=sampling, end_id=end_id, pad_id=tokenizer.pad_id,
+            cfg=cfg, sampling=sampling, stop_ids=tuple(stop_ids), pad_id=tokenizer.pad_id,
         )  # fmt: skip
         kl_B = np.zeros(batch_size)
         if reference is not None:
             kl_B = np.asarray(_sequence_log_ratio(params, reference, batch, generation, cfg, sampling.temperature or 1.0))
-        tokens_BR, mask_BR, ended_B = (
-            np.asarray(x) for x in (generation.tokens, generation.mask, generation.ended)
-        )
-        answers += to_answers(tokens_BR, mask_BR, ended_B, tokenizer, kl_B)[: count - start]
-    return answers
+        completions += to_completions(generation, tokenizer)[: count - start]
+        kl.append(kl_B[: count - start])
+    return Answers(prompts, prompt_tokens, completions, np.concatenate(kl) if kl else np.zeros(0))
 
 
-def to_answers(tokens_BR, mask_BR, ended_B, tokenizer: Tokenizer, kl_B=None) -> list[Answer]:
-    """Host arrays of a `Generation` as text."""
-    answers = []
-    for i, (row, mask, ended) in enumerate(zip(tokens_BR, mask_BR, ended_B)):
-        ids = [int(t) for t in row[mask > 0]]
+def to_completions(generation: Generation, tokenizer: Tokenizer) -> list[Completion]:
+    """A `Generation` as records on the host."""
+    tokens_BR, log_probs_BR, mask_BR, ended_B = (
+        np.asarray(x) for x in (generation.tokens, generation.log_probs, generation.mask, generation.ended)
+    )
+    completions = []
+    for tokens, log_probs, mask, ended in zip(tokens_BR, log_probs_BR, mask_BR > 0, ended_B):
+        ids = tokens[mask].tolist()
         text = tokenizer.decode(ids[:-1] if ended else ids).strip()
-        answers.append(Answer(text, tuple(ids), bool(ended), 0.0 if kl_B is None else float(kl_B[i])))
-    return answers
+        completions.append(Completion(text, tuple(ids), tuple(log_probs[mask].tolist()), bool(ended)))
+    return completions
 
 
 @partial(jax.jit, static_argnames=("cfg", "temperature"))
@@ -104,20 +97,21 @@ def _sequence_log_ratio(params, reference, batch, generation, cfg, temperature):
     return jnp.sum((own - other) * generation.mask, axis=1)
 
 
-def answer_report(questions: Sequence[Question], answers: Sequence[Answer]) -> dict[str, float]:
-    """Means over the questions: gold (0 to 1) and its standard error, correct, instruction_following (shares), kl (nats
-    per answer) and its standard error, length (tokens)."""
-    judgements = [judge(q, a.text, a.ended) for q, a in zip(questions, answers, strict=True)]
-    gold = np.array([j.score for j in judgements])
-    kl = np.array([a.kl for a in answers])
-    root = np.sqrt(len(answers))
-    follows = [follows_instruction(q, a.text, a.ended) for q, a in zip(questions, answers)]
-    return {
-        "gold": float(gold.mean()),
-        "gold_stderr": float(gold.std(ddof=1) / root) if len(gold) > 1 else 0.0,
-        "correct": float(np.mean([j.right for j in judgements])),
-        "instruction_following": float(np.mean(follows)),
-        "kl": float(kl.mean()),
-        "kl_stderr": float(kl.std(ddof=1) / root) if len(kl) > 1 else 0.0,
-        "length": float(np.mean([len(a.tokens) for a in answers])),
-    }
+def mean_metric(name: str, values: Sequence[Any] | np.ndarray, label: str, unit: str = "", **fields: Any) -> Metric:
+    """The mean of N values with its standard error; a share in per cent if all are True or False."""
+    array = np.array([float(value) for value in values])
+    shares = not unit and all(isinstance(value, (bool, np.bool_)) for value in values)
+    error = float(array.std(ddof=1) / np.sqrt(len(array))) if len(array) > 1 else None
+    return Metric(name, float(array.mean()), label, "%" if shares else unit, error, **fields)
+
+
+def report(scores: Mapping[str, Reward], answers: Answers) -> list[Metric]:
+    """The mean of each score over the answers, then KL (nats per answer), share that ended, and length (tokens)."""
+    pairs = list(zip(answers.prompts, answers.completions, strict=True))
+    found = [mean_metric(name, [score(*pair) for pair in pairs], words(name)) for name, score in scores.items()]
+    return [
+        *found,
+        mean_metric("kl", answers.kl, "KL from the start", "nats per answer"),
+        mean_metric("ended", [completion.ended for completion in answers.completions], "Ends itself"),
+        mean_metric("length", [len(completion.tokens) for completion in answers.completions], "Length", "tokens"),
+    ]

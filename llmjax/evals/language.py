@@ -37,13 +37,13 @@ def held_out(
     return float(sum(float(nats) for nats, _ in totals)), int(sum(float(count) for _, count in totals))
 
 
-def language_metrics(nats: float, tokens: int, num_bytes: int) -> dict[str, float]:
+def language_metrics(nats: float, tokens: int, num_bytes: float) -> dict[str, float]:
     """loss (nats per token), perplexity, bits_per_byte (of the UTF-8 bytes that the tokens stand for)."""
     loss = nats / max(tokens, 1)
     return {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "bits_per_byte": bits_per_byte(nats, num_bytes)}
 
 
-def bits_per_byte(nats: float, num_bytes: int) -> float:
+def bits_per_byte(nats: float, num_bytes: float) -> float:
     """Nats over a text of `num_bytes` UTF-8 bytes, in bits per byte: comparable between tokenizers."""
     return nats / math.log(2) / max(num_bytes, 1)
 
@@ -53,6 +53,7 @@ def _batch_routes(params: Params, batch: dict[str, Array], cfg: ModelConfig) -> 
     _, _, stats = hidden_states(
         params, batch["inputs"], cfg, positions_BT=batch["positions"], segment_ids_BT=batch["segment_ids"]
     )
+    assert stats is not None and stats.routes is not None, "a dense model has no routes"
     return stats.routes
 
 

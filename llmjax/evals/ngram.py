@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+Streams = Iterable[Sequence[int] | np.ndarray]
+
 
 @dataclass(frozen=True)
 class _Order:
@@ -46,7 +48,7 @@ class NgramModel:
         windows = np.concatenate([contexts, tokens[:, None]], axis=1)
         return self._probs(windows.reshape(-1).astype(np.int64)).reshape(windows.shape)[:, -1]
 
-    def nats(self, streams: Iterable[Sequence[int]]) -> tuple[float, int]:
+    def nats(self, streams: Streams) -> tuple[float, int]:
         """Sum of -ln p over all tokens of all streams, and their number."""
         flat = _flatten(streams, self.order, self.vocab_size)
         real = flat != self.vocab_size
@@ -66,7 +68,7 @@ class NgramModel:
         return probs
 
 
-def fit_ngram(streams: Iterable[Sequence[int]], *, vocab_size: int, order: int = 5) -> NgramModel:
+def fit_ngram(streams: Streams, *, vocab_size: int, order: int = 5) -> NgramModel:
     """Counts and discounts of `streams`.
 
     The longest n-grams have their counts; a shorter one has the number of different symbols seen before it (the begin
@@ -100,7 +102,7 @@ def fit_ngram(streams: Iterable[Sequence[int]], *, vocab_size: int, order: int =
 
 
 def ngram_nats(
-    train: Iterable[Sequence[int]], validation: Iterable[Sequence[int]], *, vocab_size: int, order: int = 5
+    train: Streams, validation: Streams, *, vocab_size: int, order: int = 5
 ) -> tuple[float, int]:
     """Total nats of the validation streams under an n-gram model of the training streams, and their number of tokens.
 
@@ -109,7 +111,7 @@ def ngram_nats(
     return fit_ngram(train, vocab_size=vocab_size, order=order).nats(validation)
 
 
-def _flatten(streams: Iterable[Sequence[int]], order: int, vocab_size: int) -> np.ndarray:
+def _flatten(streams: Streams, order: int, vocab_size: int) -> np.ndarray:
     begin = np.full(order - 1, vocab_size, np.int64)
     parts = [part for stream in streams for part in (begin, np.asarray(stream, np.int64))]
     flat = np.concatenate(parts) if parts else begin

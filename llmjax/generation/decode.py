@@ -28,8 +28,8 @@ class DecodeState:
 
 @struct.dataclass
 class Generation:
-    """tokens [B, R] int32 (padding after the end of turn), log_probs [B, R] of each under the distribution it was
-    sampled from, mask [B, R] float32: 1 up to and including the end of turn, ended [B]: whether the row ended itself.
+    """tokens [B, R] int32 (padding after the token that ended it), log_probs [B, R] of each under the distribution it was
+    sampled from, mask [B, R] float32: 1 up to and including that token, ended [B]: whether the row ended itself.
     """
 
     tokens: Array
@@ -46,6 +46,7 @@ def prefill(params: Params, prompt_BT: Array, segment_ids_BT: Array, cfg: ModelC
         positions_BT=positions_BT, segment_ids_BT=segment_ids_BT,
         cache=init_cache(cfg, prompt_BT.shape[0], size),
     )  # fmt: skip
+    assert cache is not None
     return DecodeState(cache, logits(params, x_BTD[:, -1:], cfg)[:, 0], positions_BT[:, -1] + 1)
 
 
@@ -56,10 +57,11 @@ def decode_step(params: Params, state: DecodeState, tokens_B: Array, cfg: ModelC
         positions_BT=state.position[:, None], segment_ids_BT=jnp.ones((tokens_B.shape[0], 1), jnp.int32),
         cache=state.cache,
     )  # fmt: skip
+    assert cache is not None
     return DecodeState(cache, logits(params, x_BTD, cfg)[:, 0], state.position + 1)
 
 
-@partial(jax.jit, static_argnames=("cfg", "sampling", "end_id", "pad_id"))
+@partial(jax.jit, static_argnames=("cfg", "sampling", "stop_ids", "pad_id"))
 def generate(
     params: Params,
     prompt_BT: Int[Array, "B T"],
@@ -68,10 +70,10 @@ def generate(
     *,
     cfg: ModelConfig,
     sampling: SamplingConfig,
-    end_id: int,
+    stop_ids: tuple[int, ...],
     pad_id: int,
 ) -> Generation:
-    """Answers every prompt until its `end_id` or `sampling.max_new_tokens`.
+    """Answers every prompt until one of `stop_ids` or `sampling.max_new_tokens`.
 
     Token t of row b is drawn with fold_in(keys_B[b], t): a row's answer depends on its own prompt and key, not on its
     neighbours. The loop stops when every row has ended.
@@ -98,29 +100,36 @@ def generate(
         log_probs_BR = jnp.where(at, (log_prob_B * live_B)[:, None], log_probs_BR)
         mask_BR = jnp.where(at, live_B[:, None], mask_BR)
         state = decode_step(params, state, token_B, cfg)
-        return t + 1, state, tokens_BR, log_probs_BR, mask_BR, ended_B | (drawn_B == end_id)
+        return t + 1, state, tokens_BR, log_probs_BR, mask_BR, ended_B | _among(drawn_B, stop_ids)
 
     start = (jnp.zeros((), jnp.int32), state, tokens_BR, floats_BR, floats_BR, ended_B)
     _, _, tokens_BR, log_probs_BR, mask_BR, ended_B = jax.lax.while_loop(unfinished, step, start)
     return Generation(tokens_BR, log_probs_BR, mask_BR, ended_B)
 
 
+def _among(tokens_B: Array, ids: tuple[int, ...]) -> Array:
+    found_B = jnp.zeros(tokens_B.shape, bool)
+    for one in ids:
+        found_B |= tokens_B == one
+    return found_B
+
+
 def stream(
-    params: Params, prompt: list[int], key: Array, *, cfg: ModelConfig, sampling: SamplingConfig, end_id: int
+    params: Params, prompt: list[int], key: Array, *, cfg: ModelConfig, sampling: SamplingConfig, stop_ids: tuple[int, ...]
 ) -> Iterator[int]:
-    """Yields the tokens of one answer as they are made, without the end of turn.
+    """Yields the tokens of one answer as they are made, without the one of `stop_ids` that ends it.
 
     The prompt is padded on the left to a power of two, so that a growing dialogue compiles a handful of shapes only.
     """
     length = 1 << max(len(prompt) - 1, 15).bit_length()
     pad = length - len(prompt)
-    tokens_BT = jnp.asarray([[end_id] * pad + prompt], jnp.int32)
+    tokens_BT = jnp.asarray([[0] * pad + prompt], jnp.int32)
     segment_ids_BT = jnp.asarray([[0] * pad + [1] * len(prompt)], jnp.int32)
     state = _prefill(params, tokens_BT, segment_ids_BT, cfg, length + sampling.max_new_tokens)
     for t in range(sampling.max_new_tokens):
         token_B, state = _sample_and_step(params, state, jax.random.fold_in(key, t)[None], cfg, sampling)
         token = int(token_B[0])
-        if token == end_id:
+        if token in stop_ids:
             return
         yield token
 

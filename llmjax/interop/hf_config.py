@@ -83,7 +83,7 @@ def _rope(hf: dict[str, Any], family: str, where: str) -> dict[str, Any]:
     rope = hf.get("rope_parameters") or {}
     if "full_attention" in rope:  # Gemma-3: one entry for each kind of layer
         local, rope = rope["sliding_attention"], rope["full_attention"]
-        fields = dict(local_rope_theta=float(local["rope_theta"]))
+        fields: dict[str, Any] = dict(local_rope_theta=float(local["rope_theta"]))
     elif family == "gemma3_text":
         fields = dict(local_rope_theta=float(hf.get("rope_local_base_freq", 10_000.0)))
     else:
@@ -98,7 +98,7 @@ def _rope(hf: dict[str, Any], family: str, where: str) -> dict[str, Any]:
         raise UserError(f"{where}: rope_type={kind!r} is not supported; supported: default, linear, llama3, yarn")
     factor = float(scaling["factor"])
     original = scaling.get("original_max_position_embeddings") or hf.get("max_position_embeddings", 8192)
-    options = dict(kind=kind, factor=factor, original_length=original)
+    options: dict[str, Any] = dict(kind=kind, factor=factor, original_length=original)
     if kind == "llama3":
         options |= {name: float(scaling[name]) for name in ("low_freq_factor", "high_freq_factor")}
     if kind == "yarn":

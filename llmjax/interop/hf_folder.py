@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -23,6 +23,7 @@ from llmjax.models.config import ModelConfig
 from llmjax.models.spec import shardings
 from llmjax.models.transformer import Params, transformer_spec
 
+_GENERATION = "generation_config.json"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 _DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -56,7 +57,8 @@ def load_params(folder: str, cfg: ModelConfig, family: str, mesh: Mesh | None = 
     def load(leaf: Leaf, target) -> jax.Array:
         shape = specs[leaf].shape
 
-        def fetch(where: tuple[slice, ...]) -> np.ndarray:
+        def fetch(where: tuple[slice, ...] | None) -> np.ndarray:
+            assert where is not None
             return _assemble(where, shape, by_leaf[leaf], places, specs, files, _DTYPES[dtype])
 
         return jax.make_array_from_callback(shape, target, fetch)
@@ -159,15 +161,17 @@ def save_params(
     dtype: str = "float32",
     shard_bytes: int = 2**31,
     beside: Sequence[str] = (),
+    token_ids: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.json, safetensors of at most `shard_bytes` each and the files of `beside` into a new `folder`.
 
-    source: the config.json that the model came from. Each shard is read back and compared; the folder is there whole or
-    not at all. UserError if the family cannot express this model.
+    source: the config.json that the model came from. token_ids: bos_token_id, eos_token_id (one or several) and pad_token_id,
+    which config.json and generation_config.json then name, so that others stop where this library does. Each shard is read
+    back and compared; the folder is there whole or not at all. UserError if the family cannot express this model.
     """
     if os.path.exists(folder):
         raise UserError(f"{folder}: exists already; name a new folder")
-    config = hf_config(cfg, family, source) | {"dtype": dtype, "torch_dtype": dtype}
+    config = hf_config(cfg, family, source) | {"dtype": dtype, "torch_dtype": dtype} | dict(token_ids or {})
     specs, places = leaves(cfg), tensor_map(cfg, family)
     flat = dict(zip(specs, jax.tree.leaves(params), strict=True))
     groups, total = _shard_groups(places, specs, _DTYPES[dtype].itemsize, shard_bytes)
@@ -184,6 +188,8 @@ def save_params(
         write_json_atomic(new / "config.json", config)
         for file in beside:
             shutil.copy(file, new)
+        if token_ids and not (new / _GENERATION).exists():
+            write_json_atomic(new / _GENERATION, dict(token_ids))
 
 
 def _shard_groups(places, specs, itemsize: int, shard_bytes: int) -> tuple[list[list[str]], int]:

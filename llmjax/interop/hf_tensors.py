@@ -185,8 +185,8 @@ def _attention(cfg: ModelConfig) -> Iterator[_Entry]:
 
 
 def _mla(cfg: ModelConfig) -> Iterator[_Entry]:
-    rotary = _rotary(cfg.mla.rope_dim)
-    if cfg.mla.q_lora_rank:
+    rotary = _rotary(cfg.latent.rope_dim)
+    if cfg.latent.q_lora_rank:
         yield _entry("self_attn.q_a_proj.weight", "attention.q_down", INTO)
         yield _entry("self_attn.q_a_layernorm.weight", "attention.q_norm", SAME)
         yield _entry("self_attn.q_b_proj.weight", "attention.q_up", rotary)
@@ -194,7 +194,7 @@ def _mla(cfg: ModelConfig) -> Iterator[_Entry]:
         yield _entry("self_attn.q_proj.weight", "attention.q_up", rotary)
     yield _entry("self_attn.kv_a_proj_with_mqa.weight", "attention.kv_down", rotary)
     yield _entry("self_attn.kv_a_layernorm.weight", "attention.kv_norm", SAME)
-    yield "self_attn.kv_b_proj.weight", [("attention.k_up", ()), ("attention.v_up", ())], _kv_up(cfg.mla.nope_dim)
+    yield "self_attn.kv_b_proj.weight", [("attention.k_up", ()), ("attention.v_up", ())], _kv_up(cfg.latent.nope_dim)
     yield _entry("self_attn.o_proj.weight", "attention.o", OUT)
 
 
@@ -204,7 +204,7 @@ def _mlp(name: str, leaf: Leaf, index: tuple[int, ...] = ()) -> Iterator[_Entry]
 
 
 def _experts(cfg: ModelConfig, family: str) -> Iterator[_Entry]:
-    experts = range(cfg.moe.num_experts)
+    experts = range(cfg.experts.num_experts)
     if family == "gpt_oss":
         yield _entry("mlp.router.weight", "mlp.router", INTO)
         yield _entry("mlp.router.bias", "mlp.router_bias", SAME)
@@ -220,9 +220,9 @@ def _experts(cfg: ModelConfig, family: str) -> Iterator[_Entry]:
                 yield _entry(f"block_sparse_moe.experts.{e}.{name}.weight", f"mlp.{matrix}", INTO, (e,))
         return
     yield _entry("mlp.gate.weight", "mlp.router", INTO)
-    if cfg.moe.selection_bias:
+    if cfg.experts.selection_bias:
         yield _entry("mlp.gate.e_score_correction_bias", "mlp.selection_bias", SAME)
-    if cfg.moe.shared_mlp_dim:
+    if cfg.experts.shared_mlp_dim:
         yield from _mlp("mlp.shared_experts", "mlp.shared")
     for e in experts:
         yield from _mlp(f"mlp.experts.{e}", "mlp", (e,))

@@ -103,7 +103,7 @@ def _experts(cfg: ModelConfig, family: str) -> Iterator[tuple[_Pair, _Pair]]:
     for row, layer in enumerate(sparse):
         name = f"model.layers.{layer}.mlp.experts"
         hidden = (("blocks.mlp.gate", (row,)), ("blocks.mlp.up", (row,)))
-        joined, num = INTERLEAVED if family == "gpt_oss" else _HALVES, cfg.moe.num_experts
+        joined, num = INTERLEAVED if family == "gpt_oss" else _HALVES, cfg.experts.num_experts
         down = _Pair(f"{name}.down_proj", name, (("blocks.mlp.down", (row,)),), _ALONE, num)
         yield _Pair(f"{name}.gate_up_proj", f"{name}.base_layer", hidden, joined, num), down
 
@@ -207,8 +207,8 @@ def load_adapter(folder: str, cfg: ModelConfig, family: str, mesh: Mesh | None =
     specs = lora_spec(cfg, lora)
     updates = jax.tree.map(lambda spec: np.zeros(spec.shape, np.float32), specs, is_leaf=is_spec)
     flat = _flat(updates)
-    for pair, *on_disk in found:
-        a, bs = pair.from_disk(*(x.astype(np.float32) for x in on_disk), _own_shapes(pair, shapes))
+    for pair, a, b in found:
+        a, bs = pair.from_disk(a.astype(np.float32), b.astype(np.float32), _own_shapes(pair, shapes))
         own_rank = a.shape[-1]
         ranks = (slice(None),) * bool(pair.num) + (slice(own_rank),)
         for (leaf, index), b in zip(pair.parts, bs):
@@ -234,14 +234,14 @@ def _match(folder: str, cfg: ModelConfig, family: str, shapes) -> list[tuple[_Pa
     found = []
     for name in tensors:
         module, _, side = name.removeprefix(_ROOT).rpartition(".lora_")
-        pair = [tensors.get(f"{_ROOT}{module}.lora_{s}.weight") for s in "AB"]
-        if module not in known or side not in ("A.weight", "B.weight") or any(x is None for x in pair):
+        a, b = (tensors.get(f"{_ROOT}{module}.lora_{s}.weight") for s in "AB")
+        if module not in known or side not in ("A.weight", "B.weight") or a is None or b is None:
             raise UserError(f"{path}: tensor {name!r} has no place, or no counterpart, in the updates of this model")
         if side == "A.weight":
-            fits = [one for one in known[module] if one.fits(*pair, _own_shapes(one, shapes))]
+            fits = [one for one in known[module] if one.fits(a, b, _own_shapes(one, shapes))]
             if not fits:
-                raise UserError(f"{path}: {name!r} {list(pair[0].shape)} and its lora_B {list(pair[1].shape)} do not fit")
-            found.append((fits[0], *pair))
+                raise UserError(f"{path}: {name!r} {list(a.shape)} and its lora_B {list(b.shape)} do not fit")
+            found.append((fits[0], a, b))
     if not found:
         raise UserError(f"{path}: holds no update")
     return found

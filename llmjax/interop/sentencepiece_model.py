@@ -22,7 +22,7 @@ def tokenizer_json(path: str, prefix_each_section: bool = True) -> str:
     ("legacy" in tokenizer_config.json). Raises UserError if the file is no SentencePiece model of the BPE kind."""
     from sentencepiece import sentencepiece_model_pb2
 
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # pyrefly: ignore[missing-attribute]
     try:
         model.ParseFromString(pathlib.Path(path).read_bytes())
     except Exception as error:  # protobuf's own, which is no subclass of another

@@ -17,7 +17,7 @@ from llmjax.models.cache import LayerCache, append
 from llmjax.models.config import UNLIMITED, ModelConfig
 from llmjax.models.layers import apply_rope, residual_scale, rms_norm
 from llmjax.models.linear import Weight, linear
-from llmjax.models.spec import ParamSpec
+from llmjax.models.spec import param
 from llmjax.typing import Array, Float, Int
 
 MASKED = -1e30
@@ -46,27 +46,27 @@ class Attention:
 def attention_spec(cfg: ModelConfig) -> Attention:
     """The `ParamSpec` of each array; None for what the family has not."""
     d, n, k, h = cfg.embed_dim, cfg.num_heads, cfg.num_kv_heads, cfg.head_dim
-    kv = ParamSpec((d, k, h), ("embed", "kv_heads", "head_dim"), std=d**-0.5)
-    kv_bias = ParamSpec((k, h), ("kv_heads", "head_dim"), constant=0.0) if cfg.qkv_bias else None
+    kv = param((d, k, h), ("embed", "kv_heads", "head_dim"), std=d**-0.5)
+    kv_bias = param((k, h), ("kv_heads", "head_dim"), constant=0.0) if cfg.qkv_bias else None
 
     def norm(heads, axis):
         if cfg.qk_norm == "none":
             return None
         shape, axes = ((heads, h), (axis, "head_dim")) if cfg.qk_norm == "full" else ((h,), ("head_dim",))
-        return ParamSpec(shape, axes, constant=1.0 - cfg.norm_offset)
+        return param(shape, axes, constant=1.0 - cfg.norm_offset)
 
     return Attention(
-        q=ParamSpec((d, n, h), ("embed", "heads", "head_dim"), std=d**-0.5),
+        q=param((d, n, h), ("embed", "heads", "head_dim"), std=d**-0.5),
         k=kv,
         v=kv,
-        o=ParamSpec((n, h, d), ("heads", "head_dim", "embed"), std=(n * h) ** -0.5 * residual_scale(cfg)),
-        q_bias=ParamSpec((n, h), ("heads", "head_dim"), constant=0.0) if cfg.qkv_bias else None,
+        o=param((n, h, d), ("heads", "head_dim", "embed"), std=(n * h) ** -0.5 * residual_scale(cfg)),
+        q_bias=param((n, h), ("heads", "head_dim"), constant=0.0) if cfg.qkv_bias else None,
         k_bias=kv_bias,
         v_bias=kv_bias,
-        o_bias=ParamSpec((d,), (None,), constant=0.0) if cfg.out_bias else None,
+        o_bias=param((d,), (None,), constant=0.0) if cfg.out_bias else None,
         q_norm=norm(n, "heads"),
         k_norm=norm(k, "kv_heads"),
-        sinks=ParamSpec((n,), ("heads",), constant=0.0) if cfg.attention_sinks else None,
+        sinks=param((n,), ("heads",), constant=0.0) if cfg.attention_sinks else None,
     )
 
 

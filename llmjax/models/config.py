@@ -217,6 +217,20 @@ class ModelConfig:
     mtp_coef: float = 0.3
 
     @property
+    def experts(self) -> MoEConfig:
+        """The mixture of experts of a model that has one."""
+        if self.moe is None:
+            raise ValueError("a dense model has no experts")
+        return self.moe
+
+    @property
+    def latent(self) -> MLAConfig:
+        """The latent attention of a model that has it."""
+        if self.mla is None:
+            raise ValueError("the model has no latent attention")
+        return self.mla
+
+    @property
     def qk_dim(self) -> int:
         """Width of one head's query and key."""
         return self.head_dim if self.mla is None else self.mla.nope_dim + self.mla.rope_dim

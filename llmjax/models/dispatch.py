@@ -48,11 +48,11 @@ def expert_ffn(
     """
     num_experts = gate_EDF.shape[0]
     weights_TC = weights_TC.astype(x_TD.dtype)
-    experts = tuple(w.astype(x_TD.dtype) for w in (gate_EDF, up_EDF, down_EFD))
+    gate_EDF, up_EDF, down_EFD = (w.astype(x_TD.dtype) for w in (gate_EDF, up_EDF, down_EFD))
     if sharding.platform() == "tpu":
-        return expert_ffn_ragged(x_TD, expert_ids_TC, weights_TC, *experts, act)
+        return expert_ffn_ragged(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, act)
     form = block_form(expected_rows or expert_ids_TC.size, num_experts)
-    return expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, *experts, *form, act)
+    return expert_ffn_blocks(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, *form, act)
 
 
 def expert_ffn_loop(x_TD, expert_ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, act=_silu):

@@ -27,7 +27,7 @@ def gathered_experts(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *b
     b, t, d = x_BTD.shape
     x_TD, ids_TC, weights_TC = (a.reshape(b * t, -1) for a in (x_BTD, ids_BTC, weights_BTC))
     if biases:  # those of the hidden layer as one more input, which is 1
-        gate_bias, up_bias, down_bias = biases
+        gate_bias, up_bias, _ = biases
         gate_EDF, up_EDF = (
             jnp.concatenate([w, bias[:, None, :]], axis=1) for w, bias in ((gate_EDF, gate_bias), (up_EDF, up_bias))
         )
@@ -35,6 +35,7 @@ def gathered_experts(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *b
     expected = ids_TC.size // sharding.axis_size("expert")
     y_TD = expert_ffn(x_TD, ids_TC, weights_TC, gate_EDF, up_EDF, down_EFD, act, expected)
     if biases:
+        down_bias = biases[2]
         chosen_TE = jnp.sum(jnp.where(ids_TC[..., None] == jnp.arange(experts_here), weights_TC[..., None], 0), axis=1)
         y_TD = y_TD + (chosen_TE @ (down_bias / sharding.axis_size("tensor"))).astype(y_TD.dtype)
     return _reduce_scatter(_add_tensor_parts(y_TD.reshape(b, t, d)))
@@ -44,8 +45,11 @@ def slot_experts(x_BTD, tokens_BES, weights_BES, gate_EDF, up_EDF, down_EFD, *, 
     """The same for experts with a fixed number of places."""
     here = gate_EDF.shape[0]
     x_BTD, tokens_BES, weights_BES = (_all_gather(a) for a in (x_BTD, tokens_BES, weights_BES))
-    own = (jax.lax.dynamic_slice_in_dim(a, _first_expert(here), here, axis=1) for a in (tokens_BES, weights_BES))
-    return _reduce_scatter(_add_tensor_parts(expert_ffn_slots(x_BTD, *own, gate_EDF, up_EDF, down_EFD, act)))
+    tokens_BES, weights_BES = (
+        jax.lax.dynamic_slice_in_dim(a, _first_expert(here), here, axis=1) for a in (tokens_BES, weights_BES)
+    )
+    y_BTD = expert_ffn_slots(x_BTD, tokens_BES, weights_BES, gate_EDF, up_EDF, down_EFD, act)
+    return _reduce_scatter(_add_tensor_parts(y_BTD))
 
 
 def exchanged_experts(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *, act, factor: float):

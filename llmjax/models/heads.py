@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import Mesh
 
 from llmjax import sharding
 from llmjax.models.config import ModelConfig
-from llmjax.models.spec import ParamSpec
+from llmjax.models.spec import init_params, param
 from llmjax.models.transformer import Params, hidden_states, transformer_spec
 from llmjax.typing import Array, Float, Int
 
@@ -25,9 +29,16 @@ def scalar_model_spec(cfg: ModelConfig) -> ScalarModel:
     """Head drawn from N(0, 1/sqrt(D + 1)) with zero bias (Stiennon et al. 2020, arXiv:2009.01325, appendix)."""
     return ScalarModel(
         backbone=transformer_spec(cfg),
-        weight=ParamSpec((cfg.embed_dim, 1), (None, None), std=(cfg.embed_dim + 1) ** -0.5),
-        bias=ParamSpec((1,), (None,), constant=0.0),
+        weight=param((cfg.embed_dim, 1), (None, None), std=(cfg.embed_dim + 1) ** -0.5),
+        bias=param((1,), (None,), constant=0.0),
     )
+
+
+def add_head(backbone: Params, cfg: ModelConfig, key: Array, mesh: Mesh | None, zero: bool = False) -> ScalarModel:
+    """A scalar model around a language model, with a fresh head; zero: one whose values are all 0."""
+    specs: Any = dataclasses.replace(scalar_model_spec(cfg), backbone=None)  # type: ignore
+    head = init_params(specs, key, mesh)
+    return ScalarModel(backbone, 0.0 * head.weight if zero else head.weight, head.bias)
 
 
 def scalars(

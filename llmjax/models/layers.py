@@ -13,7 +13,7 @@ from flax import struct
 from llmjax import sharding
 from llmjax.models.config import ModelConfig, RopeScaling
 from llmjax.models.linear import Weight, linear
-from llmjax.models.spec import ParamSpec
+from llmjax.models.spec import param
 from llmjax.typing import Array, Float, Int
 
 
@@ -100,8 +100,8 @@ class Mlp:
 
 def mlp_spec(cfg: ModelConfig, mlp_dim: int) -> Mlp:
     """The `ParamSpec` of each matrix, for a hidden width of mlp_dim."""
-    into = ParamSpec((cfg.embed_dim, mlp_dim), ("embed", "mlp"), std=cfg.embed_dim**-0.5)
-    out = ParamSpec((mlp_dim, cfg.embed_dim), ("mlp", "embed"), std=mlp_dim**-0.5 * residual_scale(cfg))
+    into = param((cfg.embed_dim, mlp_dim), ("embed", "mlp"), std=cfg.embed_dim**-0.5)
+    out = param((mlp_dim, cfg.embed_dim), ("mlp", "embed"), std=mlp_dim**-0.5 * residual_scale(cfg))
     return Mlp(gate=into, up=into, down=out)
 
 

@@ -11,7 +11,7 @@ from llmjax import sharding
 from llmjax.errors import UserError
 from llmjax.models.config import ModelConfig
 from llmjax.models.linear import Adapted, LowRank, low_rank_product
-from llmjax.models.spec import ParamSpec, is_spec
+from llmjax.models.spec import ParamSpec, is_spec, param
 from llmjax.models.transformer import Params, transformer_spec
 
 ADAPTABLE = ("q", "k", "v", "o", "gate", "up", "down", "q_down", "q_up", "kv_down", "k_up", "v_up")
@@ -72,8 +72,8 @@ def lora_spec(cfg: ModelConfig, lora: LoRAConfig) -> Params:
         split = lead + num_in(leaf)
         fan_in = math.prod(spec.shape[lead:split])
         a_axes, b_axes = _factor_axes(spec, lead, split)
-        a = ParamSpec((*spec.shape[:split], lora.rank), a_axes, std=fan_in**-0.5)
-        return LowRank(a, ParamSpec((*spec.shape[:lead], lora.rank, *spec.shape[split:]), b_axes))
+        a = param((*spec.shape[:split], lora.rank), a_axes, std=fan_in**-0.5)
+        return LowRank(a, param((*spec.shape[:lead], lora.rank, *spec.shape[split:]), b_axes))
 
     specs = jax.tree_util.tree_map_with_path(one, transformer_spec(cfg), is_leaf=is_spec)
     if not jax.tree.leaves(specs, is_leaf=is_spec):

@@ -16,7 +16,7 @@ from llmjax.models.cache import LayerCache, append
 from llmjax.models.config import ModelConfig
 from llmjax.models.layers import apply_rope, residual_scale, rms_norm
 from llmjax.models.linear import Weight, full_weight, linear
-from llmjax.models.spec import ParamSpec
+from llmjax.models.spec import param
 from llmjax.typing import Array, Float, Int
 
 
@@ -40,25 +40,25 @@ class Mla:
 
 def mla_spec(cfg: ModelConfig) -> Mla:
     """The `ParamSpec` of each array."""
-    d, n, m = cfg.embed_dim, cfg.num_heads, cfg.mla
+    d, n, m = cfg.embed_dim, cfg.num_heads, cfg.latent
     q_in = m.q_lora_rank or d
     heads = ("heads", "head_dim")
 
     def up(width):
-        return ParamSpec((m.kv_lora_rank, n, width), ("latent", *heads), std=m.kv_lora_rank**-0.5)
+        return param((m.kv_lora_rank, n, width), ("latent", *heads), std=m.kv_lora_rank**-0.5)
 
     def norm(width):
-        return ParamSpec((width,), (None,), constant=1.0)
+        return param((width,), (None,), constant=1.0)
 
     return Mla(
-        q_down=ParamSpec((d, q_in), ("embed", "latent"), std=d**-0.5) if m.q_lora_rank else None,
+        q_down=param((d, q_in), ("embed", "latent"), std=d**-0.5) if m.q_lora_rank else None,
         q_norm=norm(q_in) if m.q_lora_rank else None,
-        q_up=ParamSpec((q_in, n, cfg.qk_dim), ("latent" if m.q_lora_rank else "embed", *heads), std=q_in**-0.5),
-        kv_down=ParamSpec((d, m.kv_lora_rank + m.rope_dim), ("embed", "latent"), std=d**-0.5),
+        q_up=param((q_in, n, cfg.qk_dim), ("latent" if m.q_lora_rank else "embed", *heads), std=q_in**-0.5),
+        kv_down=param((d, m.kv_lora_rank + m.rope_dim), ("embed", "latent"), std=d**-0.5),
         kv_norm=norm(m.kv_lora_rank),
         k_up=up(m.nope_dim),
         v_up=up(m.v_dim),
-        o=ParamSpec((n, m.v_dim, d), (*heads, "embed"), std=(n * m.v_dim) ** -0.5 * residual_scale(cfg)),
+        o=param((n, m.v_dim, d), (*heads, "embed"), std=(n * m.v_dim) ** -0.5 * residual_scale(cfg)),
     )
 
 
@@ -72,8 +72,8 @@ def mla_attention(
     cache: LayerCache | None = None,
 ) -> tuple[Float[Array, "B T D"], LayerCache | None]:
     """One layer of latent attention; arguments and results as in `attention`."""
-    m = cfg.mla
-    if w.q_down is None:
+    m = cfg.latent
+    if w.q_down is None or w.q_norm is None:
         q_BTNH = linear("BTD,DNH->BTNH", x_BTD, w.q_up)
     else:
         q_BTR = rms_norm(linear("BTD,DR->BTR", x_BTD, w.q_down), w.q_norm, cfg.norm_eps)

@@ -8,6 +8,7 @@ through P alone. The selection bias moves once after each optimizer step, by the
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -21,7 +22,7 @@ from llmjax.models.expert_parallel import exchanged_experts, gathered_experts, s
 from llmjax.models.layers import Mlp, activation, gated_mlp, mlp_spec, residual_scale
 from llmjax.models.linear import Weight, full_weight
 from llmjax.models.routers import Routing, Slots, capacity_slots, expert_choice, jitter, noisy_logits, route
-from llmjax.models.spec import ParamSpec
+from llmjax.models.spec import param
 from llmjax.typing import Array, Float, Int, PRNGKeyArray
 
 
@@ -67,23 +68,23 @@ class RouterStats:
 
 def moe_spec(cfg: ModelConfig) -> Moe:
     """The `ParamSpec` of router and experts."""
-    moe = cfg.moe
+    moe = cfg.experts
     d, f, e = cfg.embed_dim, moe.mlp_dim, moe.num_experts
-    into = ParamSpec((e, d, f), ("expert", "embed", "mlp"), std=d**-0.5)
-    router_bias = ParamSpec((e,), (None,), constant=0.0)
-    hidden_bias = ParamSpec((e, f), ("expert", "mlp"), constant=0.0) if moe.expert_bias else None
+    into = param((e, d, f), ("expert", "embed", "mlp"), std=d**-0.5)
+    router_bias = param((e,), (None,), constant=0.0)
+    hidden_bias = param((e, f), ("expert", "mlp"), constant=0.0) if moe.expert_bias else None
     return Moe(
         # Not sharded: every device routes its own tokens.
-        router=ParamSpec((d, e), (None, None), std=d**-0.5),
+        router=param((d, e), (None, None), std=d**-0.5),
         gate=into,
         up=into,
-        down=ParamSpec((e, f, d), ("expert", "mlp", "embed"), std=f**-0.5 * residual_scale(cfg)),
+        down=param((e, f, d), ("expert", "mlp", "embed"), std=f**-0.5 * residual_scale(cfg)),
         router_bias=router_bias if moe.router_bias else None,
         selection_bias=router_bias if moe.selection_bias else None,
         shared=mlp_spec(cfg, moe.shared_mlp_dim) if moe.shared_mlp_dim else None,
         gate_bias=hidden_bias,
         up_bias=hidden_bias,
-        down_bias=ParamSpec((e, d), ("expert", "embed"), constant=0.0) if moe.expert_bias else None,
+        down_bias=param((e, d), ("expert", "embed"), constant=0.0) if moe.expert_bias else None,
     )
 
 
@@ -145,7 +146,7 @@ def moe_layer(
     vocabulary, for hash routing. routes: to replay. key: of the router's noise in training, None for none. decoding: every
     choice is served, whatever the capacity.
     """
-    moe, act = cfg.moe, activation(cfg.activation, cfg.activation_limit)
+    moe, act = cfg.experts, activation(cfg.activation, cfg.activation_limit)
     valid_BT = segment_ids_BT > 0
     logits_BTE = router_logits(w, x_BTD, moe, key)
     # An update of an expert is added to its weight: it costs less than one product of its tokens.
@@ -172,7 +173,7 @@ def moe_layer(
     stats = router_stats(logits_BTE, probs_BTE, chosen_BTE, valid_BT, dropped_BT)
     if w.shared is not None:
         y_BTD = y_BTD + gated_mlp(w.shared, x_BTD, act)
-    return y_BTD, stats.replace(routes=routes_BTC)
+    return y_BTD, dataclasses.replace(stats, routes=routes_BTC)
 
 
 def router_logits(w: Moe, x_BTD: Array, moe: MoEConfig, key: PRNGKeyArray | None = None) -> Float[Array, "B T E"]:

@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import replace
+from typing import Any
 
-from llmjax.annotations import did_you_mean
+from llmjax.config import did_you_mean
 from llmjax.errors import UserError
 from llmjax.models.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
 
-_BF16 = dict(dtype="bfloat16", tie_embeddings=False)
+_BF16: dict[str, Any] = dict(dtype="bfloat16", tie_embeddings=False)
 
 
 def _llama3(num_layers, embed_dim, num_heads, mlp_dim) -> ModelConfig:
@@ -36,7 +37,7 @@ def _qwen3(num_layers, embed_dim, num_heads, mlp_dim, tie=False, vocab_size=151_
 
 
 def _gemma3(num_layers, embed_dim, num_heads, num_kv_heads, head_dim, mlp_dim, window, **change) -> ModelConfig:
-    fields = dict(
+    fields: dict[str, Any] = dict(
         vocab_size=262_208, num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,
         head_dim=head_dim, mlp_dim=mlp_dim, sliding_window=window, global_every=6, rope_theta=1e6, local_rope_theta=1e4,
         rope_scaling=RopeScaling("linear", factor=8.0), norm_eps=1e-6, tie_embeddings=True, qk_norm="head",

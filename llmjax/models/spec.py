@@ -41,6 +41,13 @@ class ParamSpec:
         return self.std * jax.random.normal(key, self.shape, self.dtype)
 
 
+def param(
+    shape: tuple[int, ...], axes: tuple[str | None, ...], std: float = 0.0, constant: float | None = None
+) -> Any:
+    """A `ParamSpec`, for the type checker anything: in a tree of specs it stands where the array will be."""
+    return ParamSpec(shape, axes, std, constant)
+
+
 def is_spec(x: Any) -> bool:
     """Whether x is a leaf of a tree of specs."""
     return isinstance(x, ParamSpec)

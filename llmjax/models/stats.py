@@ -23,7 +23,7 @@ def active_params(cfg: ModelConfig) -> int:
 
 
 def _share(spec, cfg: ModelConfig) -> float:
-    return cfg.moe.top_k / cfg.moe.num_experts if "expert" in spec.axes else 1.0
+    return cfg.experts.top_k / cfg.experts.num_experts if "expert" in spec.axes else 1.0
 
 
 def forward_flops_per_token(cfg: ModelConfig, length: int) -> float:

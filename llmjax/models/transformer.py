@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from llmjax.models.layers import Mlp, activation, embed_tokens, gated_mlp, mlp_s
 from llmjax.models.linear import linear
 from llmjax.models.mla import Mla, mla_attention, mla_spec
 from llmjax.models.moe import Moe, RouterStats, moe_layer, moe_spec, updated_selection_bias
-from llmjax.models.spec import ParamSpec, is_spec
+from llmjax.models.spec import is_spec, param
 from llmjax.typing import Array, Float, Int, PRNGKeyArray
 
 
@@ -63,22 +65,22 @@ class Params:
 def transformer_spec(cfg: ModelConfig) -> Params:
     """The `ParamSpec` of every leaf."""
     d = cfg.embed_dim
-    norm = ParamSpec((d,), (None,), constant=1.0 - cfg.norm_offset)
+    norm = param((d,), (None,), constant=1.0 - cfg.norm_offset)
     post_norm = norm if cfg.post_norms else None
 
     def block(mlp):
         attention = attention_spec(cfg) if cfg.mla is None else mla_spec(cfg)
         return Block(norm, attention, norm, mlp, post_norm, post_norm)
 
-    def stack(spec, num_layers):
+    def stack(spec, num_layers) -> Any:
         return jax.tree.map(lambda s: s.stacked(num_layers), spec, is_leaf=is_spec) if num_layers else None
 
     dense = mlp_spec(cfg, cfg.mlp_dim)
     main = block(dense if cfg.moe is None else moe_spec(cfg))
     # Two terms are added, each of the size that one alone would have.
-    half = ParamSpec((d, d), ("embed", None), std=(2 * d) ** -0.5)
+    half = param((d, d), ("embed", None), std=(2 * d) ** -0.5)
     # Normalised hidden states have unit-size entries, so this width gives logits of unit size.
-    table = ParamSpec((cfg.vocab_size, d), ("vocab", "embed"), std=d**-0.5)
+    table = param((cfg.vocab_size, d), ("vocab", "embed"), std=d**-0.5)
     return Params(
         embed=table,
         blocks=stack(main, cfg.num_layers - cfg.num_dense_layers),
@@ -192,8 +194,9 @@ def _runs(params: Params, cfg: ModelConfig) -> list[tuple[Block, Block | None, i
     last = cfg.num_dense_layers - first - between
     bottom, below, top = params.dense_blocks, None, None
     if cfg.moe.every > 1:
+        assert params.dense_blocks is not None
         bottom, below, top = _cut(params.dense_blocks, (first, between, last))
-    runs = [(bottom, None, first), (params.blocks, below, groups + between), (top, None, last)]
+    runs: list[Any] = [(bottom, None, first), (params.blocks, below, groups + between), (top, None, last)]
     return [run for run in runs if run[2]]
 
 
@@ -222,7 +225,7 @@ def _run_blocks(blocks: Block, below: Block | None, x_BTD, windows, ropes, segme
             new_caches.append(layer_cache)
         return x_BTD, new_caches, stats
 
-    size = 1 if below is None else cfg.moe.every
+    size = 1 if below is None else cfg.experts.every
     groups = len(windows) // size
     periodic = windows == windows[:size] * groups
     if cfg.remat and cache is None:
@@ -239,9 +242,9 @@ def _run_blocks(blocks: Block, below: Block | None, x_BTD, windows, ropes, segme
         changing = None if periodic else jnp.asarray(windows).reshape(groups, size)
         x_BTD, stats = jax.lax.scan(step, x_BTD, (below, blocks, changing, router.routes, router.keys))
         return x_BTD, None, stats
-    below, caches, all_stats = _unstack(below, groups * (size - 1)), [], []
+    dense, caches, all_stats = _unstack(below, groups * (size - 1)), [], []
     for i, w in enumerate(_unstack(blocks, groups)):
-        own = [*below[i * (size - 1) : (i + 1) * (size - 1)], w]
+        own = [*dense[i * (size - 1) : (i + 1) * (size - 1)], w]
         layers = slice(i * size, (i + 1) * size)
         old = [None] * size if cache is None else cache[layers]
         extra = (None if every is None else every[i] for every in (router.routes, router.keys))
@@ -310,10 +313,12 @@ def with_updated_selection_bias(params: Params, load_LE: Float[Array, "L E"], cf
     layers = cfg.num_layers - cfg.num_dense_layers
 
     def moved(block: Block, load_LE) -> Block:
-        bias_LE = updated_selection_bias(block.mlp.selection_bias, load_LE, cfg.moe)
-        return block.replace(mlp=block.mlp.replace(selection_bias=bias_LE))
+        assert isinstance(block.mlp, Moe) and block.mlp.selection_bias is not None
+        bias_LE = updated_selection_bias(block.mlp.selection_bias, load_LE, cfg.experts)
+        return dataclasses.replace(block, mlp=dataclasses.replace(block.mlp, selection_bias=bias_LE))
 
-    params = params.replace(blocks=moved(params.blocks, load_LE[:layers]))
+    params = dataclasses.replace(params, blocks=moved(params.blocks, load_LE[:layers]))
     if params.mtp is None:
         return params
-    return params.replace(mtp=params.mtp.replace(block=moved(params.mtp.block, load_LE[layers:])))
+    mtp = dataclasses.replace(params.mtp, block=moved(params.mtp.block, load_LE[layers:]))
+    return dataclasses.replace(params, mtp=mtp)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import zlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from llmjax.errors import UserError
 from llmjax.models.config import ModelConfig, MoEConfig
-from llmjax.models.layers import Mlp
 from llmjax.models.moe import Moe
 from llmjax.models.transformer import Params, transformer_spec
 from llmjax.typing import Array, PRNGKeyArray
@@ -41,21 +41,22 @@ def upcycle(
         if not 0 <= value <= 1:
             raise UserError(f"{name}={value} must be between 0 and 1")
     sparse = dataclasses.replace(cfg, moe=moe)
-    fresh: Moe = transformer_spec(sparse).blocks.mlp
+    fresh: Any = transformer_spec(sparse).blocks.mlp
 
     def part(*name: str) -> PRNGKeyArray:
         return jax.random.fold_in(key, zlib.crc32(".".join(name).encode()))
 
     units = (cfg.num_layers, moe.num_experts, cfg.mlp_dim)
     dropped_LEF = jax.random.uniform(part("drop"), units) < drop
-    dense: Mlp = params.blocks.mlp
-    experts = {}
+    dense = params.blocks.mlp
+    experts: dict[str, Any] = {}
     for name, unit_axis in (("gate", -1), ("up", -1), ("down", -2)):
         experts[name] = _copies(getattr(dense, name), dropped_LEF, unit_axis, part(name, "noise"), part(name, "drop"), noise)
     router = fresh.router.init(part("router"))
     zeros = {name: spec.init(key) for name in ("router_bias", "selection_bias") if (spec := getattr(fresh, name)) is not None}
     mlp = Moe(router=router, **experts, **zeros)
-    return params.replace(blocks=params.blocks.replace(mlp=mlp)), sparse
+    blocks = dataclasses.replace(params.blocks, mlp=mlp)
+    return dataclasses.replace(params, blocks=blocks), sparse
 
 
 def _copies(w: Array, dropped_LEF: Array, unit_axis: int, noise_key, drop_key, noise: float) -> Array:

@@ -39,7 +39,7 @@ def lm_loss(params: Params, batch: dict[str, Array], key, cfg: ModelConfig) -> t
         stats = None if stats is None else jax.tree.map(lambda *s: jnp.concatenate(s), stats, *more_stats)
     if stats is None:
         return loss, metrics
-    return loss + router_loss(stats, cfg.moe), metrics | router_metrics(stats)
+    return loss + router_loss(stats, cfg.experts), metrics | router_metrics(stats)
 
 
 def _further_tokens(params: Params, x_BTD: Array, batch: dict[str, Array], cfg: ModelConfig) -> tuple[Array, list]:
@@ -48,7 +48,7 @@ def _further_tokens(params: Params, x_BTD: Array, batch: dict[str, Array], cfg: 
     Module k predicts the token k places behind the next one, within its own document.
     """
     segment_ids_BT, targets_BT = batch["segment_ids"], batch["targets"]
-    mask_BT, stats, total = batch["loss_mask"].astype(jnp.float32), [], 0.0
+    mask_BT, stats, total = batch["loss_mask"].astype(jnp.float32), [], jnp.zeros((), jnp.float32)
     own_BT = jnp.concatenate([segment_ids_BT[:, 1:] == segment_ids_BT[:, :-1], jnp.zeros_like(mask_BT[:, :1])], axis=1)
     for module in range(cfg.num_mtp_layers):
         x_BTD, module_stats = mtp_hidden_states(
@@ -59,17 +59,6 @@ def _further_tokens(params: Params, x_BTD: Array, batch: dict[str, Array], cfg: 
         total += nats / jnp.maximum(jnp.sum(mask_BT), 1.0)
         stats.append(module_stats)
     return total / cfg.num_mtp_layers, stats
-
-
-def token_log_probs(
-    logits_BTV: Float[Array, "B T V"], targets_BT: Int[Array, "B T"], temperature: float = 1.0
-) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """log p(target) and entropy (nats) of softmax(logits / temperature) at each position, float32."""
-    scaled = logits_BTV.astype(jnp.float32) / temperature
-    log_partition = jax.nn.logsumexp(scaled, axis=-1)
-    chosen = jnp.sum(jnp.where(targets_BT[..., None] == jnp.arange(scaled.shape[-1]), scaled, 0.0), axis=-1)
-    probs = jnp.exp(scaled - log_partition[..., None])
-    return chosen - log_partition, log_partition - jnp.sum(probs * scaled, axis=-1)
 
 
 def cross_entropy_sum(
@@ -138,6 +127,7 @@ def _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap, with_gra
 
 def _fused_fwd(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap):
     total, dx, dtable = _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap, with_grad=True)
+    assert dtable is not None
     return total, (dx, dtable.astype(table_VD.dtype))
 
 

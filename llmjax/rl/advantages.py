@@ -1,10 +1,12 @@
-"""From scores to advantages: per-token rewards with the KL penalty, GAE, whitening."""
+"""From scores to advantages: per-token rewards with the KL penalty, GAE, whitening, comparison within a group."""
 
 from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
 
+from llmjax.objectives.policy import masked_mean
+from llmjax.sharding import constrain
 from llmjax.typing import Array, Float
 
 
@@ -49,13 +51,22 @@ def gae(
     return advantages_BR, mask_BR * (advantages_BR + values_BR)
 
 
-def masked_mean(x: Array, mask: Array) -> Array:
-    """Mean of x where mask is 1."""
-    return jnp.sum(x * mask) / jnp.maximum(jnp.sum(mask), 1.0)
-
-
 def whiten(x: Array, mask: Array, eps: float = 1e-8) -> Array:
     """x shifted and scaled to mean 0 and variance 1 over the masked entries of the whole batch; 0 elsewhere."""
     mean = masked_mean(x, mask)
     variance = masked_mean(jnp.square(x - mean), mask)
     return mask * (x - mean) * jax.lax.rsqrt(variance + eps)
+
+
+def group_advantages(scores_B: Float[Array, "B"], group_size: int, scale: bool, eps: float = 1e-6) -> Float[Array, "B"]:
+    """Each score minus the mean of its group of `group_size` neighbours, divided by the group's standard deviation if `scale`
+    (DeepSeekMath, arXiv:2402.03300, section 4.1.1; without scale Dr. GRPO, arXiv:2503.20783).
+
+    0 throughout a group of equal scores. The deviation is that of the group itself (divided by its size).
+    """
+    groups = constrain(scores_B, ".").reshape(-1, group_size)
+    groups = groups - groups[:, :1]  # so that equal scores are 0, exactly
+    centred = groups - jnp.mean(groups, axis=1, keepdims=True)
+    if scale:
+        centred = centred / (jnp.std(groups, axis=1, keepdims=True) + eps)
+    return centred.reshape(-1)

@@ -2,62 +2,113 @@
 
 from __future__ import annotations
 
-import jax
+from dataclasses import dataclass
+from typing import ClassVar
 
-from llmjax.data.batches import make_batches, sequential_batches
-from llmjax.evals.answers import answer_report
+from llmjax.data.base import Data, check_kind
+from llmjax.data.loader import held_out_batches, mix_batches
+from llmjax.data.records import Dialogue
 from llmjax.evals.language import held_out
-from llmjax.models.lora import adapt, lora_spec, merge
-from llmjax.models.spec import init_params, num_params
-from llmjax.models.transformer import transformer_spec
+from llmjax.models.lora import LoRAConfig, lora_spec
 from llmjax.objectives.lm import lm_loss
-from llmjax.stages.prepare import sft_data
-from llmjax.stages.run import Run, balancing, finish, fit
-from llmjax.stages.samples import as_samples, ask, evaluation_questions
+from llmjax.results import Bars, Metric
+from llmjax.stages.answers import Asked
+from llmjax.stages.base import Context, Input, Preview, Result, Stage, check_decodes, check_positive, check_split
+from llmjax.stages.datasets import Parts, dialogue_rows
+from llmjax.stages.pretrain import window_examples
+from llmjax.stages.tuning import Tuned, expert_figures, loss_figure, speed_figure
 from llmjax.training.loop import Hook
+from llmjax.training.optimizer import OptimizerConfig
+from llmjax.training.program import Program, TrainProgram, language_batch
 
 
-def run_sft(run: Run) -> None:
-    """Fine-tunes the `init` model; measures the instruction-following rate on held-out questions before and after."""
-    cfg, model = run.experiment.sft, run.model
-    train_data, eval_data = sft_data(run)
-    batches = make_batches(train_data.arrays(), batch_size=cfg.batch_size, seed=run.experiment.seed)
-    base = run.load_lm(cfg.init)
-    if cfg.lora is None:
-        specs, start, frozen = transformer_spec(model), base, ()
-    else:
-        specs, frozen = lora_spec(model, cfg.lora), (base,)
-        start = init_params(specs, run.key("sft", "lora"), run.mesh)
+@dataclass(frozen=True)
+class SFT(Stage):
+    """Supervised fine-tuning on dialogues, packed; loss on the assistant's tokens and their end of turn only.
 
-    def language_model(params, *frozen):
-        return adapt(*frozen, params, cfg.lora) if frozen else params
+    data: the dialogues. init: an earlier stage, or "hf:FOLDER" for a model in Hugging Face format. lora: train low-rank
+    updates only; what the stage hands on is the merged model, with the updates beside it. steps: of batch_size windows of
+    `length` tokens; longer dialogues are cut, and that is counted. eval_every: steps between two held-out losses, of
+    eval_batches batches evenly spread over the held-out dialogues; 0 for all.
+    """
 
-    def loss_fn(params, batch, key, *frozen):
-        return lm_loss(language_model(params, *frozen), batch, key, model)
+    data: Data
+    init: str = "pretrain"
+    lora: LoRAConfig | None = None
+    steps: int = 100
+    batch_size: int = 32
+    length: int = 128
+    eval_every: int = 50
+    eval_batches: int = 16
+    optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
 
-    def evaluate(step, state):
-        rows = sequential_batches(eval_data.arrays(), cfg.batch_size)
-        nats, tokens = held_out(language_model(state.params, *frozen), rows, model, run.mesh)
-        return {"loss": nats / max(tokens, 1)}
+    title: ClassVar[str] = "SFT"
+    lead: ClassVar[str] = "Supervised fine-tuning on dialogues; only the assistant's words and its end of turn carry loss."
 
-    trained = fit(
-        run, "sft", specs, start, loss_fn, batches, cfg.optimizer, cfg.steps,
-        cfg.batch_size * cfg.length, cfg.length, [Hook(cfg.eval_every, evaluate)], frozen,
-        None if cfg.lora else balancing(model),
-    )  # fmt: skip
-    final, adapter = trained.params, None
-    if cfg.lora is not None:
-        adapter = trained.params
-        final = jax.jit(merge, static_argnums=(2, 3))(base, trained.params, cfg.lora, model)
-    asked = evaluation_questions(run)
-    answers = ask(run, final, asked, "evaluation")
-    before, after = answer_report(asked, ask(run, base, asked, "evaluation")), answer_report(asked, answers)
-    metrics = evaluate(cfg.steps, trained) | {
-        "instruction_following_before": before["instruction_following"],
-        "instruction_following_after": after["instruction_following"],
-        "gold": after["gold"],
-        "correct": after["correct"],
-    }
-    if cfg.lora is not None:
-        metrics["trained_params"] = num_params(specs)
-    finish(run, "sft", final, trained, metrics, as_samples(run, asked, answers, "sampled"), adapter)
+    def validate(self) -> None:
+        check_positive(self, "steps", "batch_size", "length", "eval_every", "eval_batches")
+
+    def inputs(self) -> tuple[Input, ...]:
+        return (Input("init", self.init),)
+
+    def check(self, experiment, name) -> None:
+        check_kind(f"{name}.data", self.data, Dialogue)
+        check_split(experiment, name, "batch_size", self.batch_size)
+        check_decodes(experiment, name)
+        if self.lora is not None:
+            lora_spec(experiment.model, self.lora)
+
+    def prepare(self, context: Context) -> None:
+        mix_batches(self._rows(context).train, batch_size=self.batch_size, seed=context.seed)
+        Asked(context, self.data)
+
+    def _rows(self, context: Context) -> Parts:
+        return dialogue_rows(context, self.data, self.length)
+
+    def preview(self, context: Context) -> Preview:
+        parts = self._rows(context)
+        return Preview(window_examples(parts), parts.notes)
+
+    def programs(self, context: Context) -> dict[str, Program]:
+        return {"update": self._update(context)}
+
+    def _update(self, context: Context) -> TrainProgram:
+        model = context.model
+        return Tuned(context, self.init, self.lora).program(
+            lambda params, batch, key: lm_loss(params, batch, key, model), self.optimizer, self.steps,
+            language_batch(self.batch_size, self.length, context.mesh),
+            tokens=self.batch_size * self.length, length=self.length,
+        )  # fmt: skip
+
+    def run(self, context: Context) -> Result:
+        """Fine-tunes the `init` model; answers to held-out prompts are scored before and after."""
+        model, parts, tuned = context.model, self._rows(context), Tuned(context, self.init, self.lora)
+        batches = mix_batches(parts.train, batch_size=self.batch_size, seed=context.seed)
+        base = context.load_lm(self.init) if self.lora else None
+        sources = next(iter(parts.held_out.values()))
+
+        def evaluate(step, state):
+            params = tuned.language_model(state.params, base)
+            rows = [batch for one in sources.values() for batch in held_out_batches(one, self.batch_size, self.eval_batches)]
+            nats, tokens = held_out(params, rows, model, context.mesh)
+            return {"loss": nats / max(tokens, 1)}
+
+        trained = context.fit(
+            self._update(context), tuned.start, batches, self.steps,
+            frozen=() if base is None else (base,), hooks=[Hook(self.eval_every, evaluate)],
+        )  # fmt: skip
+        final, adapter = tuned.final(trained.params, base)
+        asked = Asked(context, self.data)
+        answers = asked.of(final)
+        before = asked.of(context.load_lm(self.init) if base is None else base) if asked.scores else None
+        metrics = [Metric("loss", evaluate(self.steps, trained)["loss"], "Held-out loss", "nats/token")]
+        scored = asked.metrics(answers, before)
+        bars = [
+            Bars(m.label, "% of held-out prompts", (("before SFT", m.baseline[1]), ("after SFT", m.value)))
+            for m in scored if m.unit == "%" and m.baseline is not None
+        ]  # fmt: skip
+        return trained.result(
+            params=final, adapter=adapter, metrics=[*metrics, *scored, *tuned.metrics()],
+            figures=[loss_figure("nats per answer token"), *bars, speed_figure(), *expert_figures(model)],
+            samples=asked.samples(answers),
+        )  # fmt: skip

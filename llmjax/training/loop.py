@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from llmjax.data.batches import BatchSource, iterate
+from llmjax.data.loader import BatchSource, iterate
 from llmjax.errors import UserError
+from llmjax.runtime import give_back_memory
 from llmjax.sharding import put_batch
 from llmjax.training.checkpoint import Checkpoints, to_host
 from llmjax.training.hardware import peak_flops
@@ -20,6 +21,7 @@ from llmjax.training.metrics import MetricsLog
 from llmjax.training.progress import Progress
 from llmjax.training.state import TrainState
 
+LONG_STEP_SECONDS = 1.0
 StepFn = Callable[[TrainState, Any, jax.Array], tuple[TrainState, Mapping[str, Any]]]
 
 
@@ -36,7 +38,9 @@ class Loop:
     """What does not change between steps.
 
     tokens_per_step and flops_per_token give tokens/s and MFU (0: not shown). checkpoint_seconds: between two saves.
-    log_every: steps between two rows of metrics.jsonl.
+    log_every: steps between two rows of metrics.jsonl. hooks: at an evaluation the arrays among the metrics of the step are
+    logged too, and at the last step; at other steps only the scalars are. shown: what the progress line says beside the
+    loss, (metric, how it is written) as in ("kl", "KL {:.2f} nats").
     """
 
     stage: str
@@ -50,24 +54,34 @@ class Loop:
     tokens_per_step: int = 0
     flops_per_token: float = 0.0
     hooks: Sequence[Hook] = ()
+    shown: Sequence[tuple[str, str]] = ()
     verbose: bool = True
 
+    def evaluates(self, step: int) -> bool:
+        """Whether a hook is due after `step` steps, or they are the last."""
+        return step == self.num_steps or any(step % hook.every == 0 for hook in self.hooks)
 
-def train(loop: Loop, state: TrainState, abstract: TrainState, step_fn: StepFn, batches: BatchSource) -> TrainState:
-    """Runs from the newest checkpoint, or from `state`, to `loop.num_steps`; returns the last state.
+
+def train(
+    loop: Loop, start_state: Callable[[], TrainState], abstract: TrainState, step_fn: StepFn, batches: BatchSource
+) -> TrainState:
+    """Runs from the newest checkpoint, or else from `start_state()`, to `loop.num_steps`; returns the last state.
 
     Step s uses batch s and the key folded with s, so an interrupted run, continued, makes the very same updates. The
-    metrics of a step are fetched when the next one has been dispatched, so the device never waits for the host.
-    Raises UserError when the loss is not finite; the last checkpoint is kept.
+    metrics of a step are fetched when the next one has been dispatched, so the device never waits for the host; but for long
+    steps on CPU, where every step that has been dispatched holds its temporaries. Raises UserError when the loss is not
+    finite; the last checkpoint is kept.
     """
-    if loop.checkpoints.latest_step() is not None:
-        state = loop.checkpoints.restore(abstract)
+    state = start_state() if loop.checkpoints.latest_step() is None else loop.checkpoints.restore(abstract)
     start = int(state.step)
     loop.metrics.rewind(loop.stage, start)
     report = _Reporter(loop, start)
     saved_at = time.monotonic()
     try:
         for step, batch in enumerate(iterate(batches, start, loop.num_steps), start):
+            if report.long_steps:
+                report.flush()
+                give_back_memory()
             state, metrics = step_fn(state, put_batch(batch, loop.mesh), jax.random.fold_in(loop.key, step))
             report.step(step + 1, metrics)
             for hook in loop.hooks:
@@ -99,12 +113,18 @@ class _Reporter:
     def __init__(self, loop: Loop, start: int):
         self._loop = loop
         self._pending: tuple[int, Mapping[str, Any]] | None = None
-        self._progress = Progress(loop.stage, start, loop.num_steps, loop.verbose)
+        self._progress = Progress(loop.stage, start, loop.num_steps, loop.shown, loop.verbose)
         self._peak = 0.0
         if loop.flops_per_token:
             self._peak = peak_flops(1 if loop.mesh is None else loop.mesh.size)
         self._last = time.monotonic()
         self._seconds: float | None = None
+        self._on_cpu = jax.default_backend() == "cpu"
+
+    @property
+    def long_steps(self) -> bool:
+        """Whether waiting for each step costs next to nothing and saves a step's memory."""
+        return self._on_cpu and (not self._seconds or self._seconds > LONG_STEP_SECONDS)
 
     def step(self, step: int, metrics: Mapping[str, Any]) -> None:
         self.flush()
@@ -115,7 +135,8 @@ class _Reporter:
             return
         step, metrics = self._pending
         self._pending = None
-        values = flat_metrics(to_host(dict(metrics)))
+        wanted = metrics if self._loop.evaluates(step) else {k: v for k, v in metrics.items() if np.ndim(v) == 0}
+        values = flat_metrics(to_host(dict(wanted)))
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(values.get(name, 0.0))]
         if bad:
             raise UserError(

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
 LOG_SECONDS = 10.0
+SPEED = (("tokens_per_second", "{:,.0f} tokens/s"), ("mfu", "MFU {:.0%}"))
 
 
 class Progress:
     """Shows the newest step of one stage. Outside a terminal it prints a line every LOG_SECONDS and the last one."""
 
-    def __init__(self, stage: str, start: int, num_steps: int, enabled: bool = True):
-        self._stage, self._start, self._num_steps = stage, start, num_steps
+    def __init__(
+        self, stage: str, start: int, num_steps: int, shown: Sequence[tuple[str, str]] = (), enabled: bool = True
+    ):
+        """shown: (metric, how it is written) of what stands between the loss and the speed."""
+        self._stage, self._num_steps = stage, num_steps
+        self._forms = (("loss", "loss {:.3f}"), *shown, *SPEED)
         self._enabled = enabled
         self._began = time.monotonic()
         self._steady: tuple[int, float] | None = None
@@ -29,21 +35,23 @@ class Progress:
             self._live.start()
 
     def update(self, step: int, values: dict[str, float]) -> None:
-        """values: what to show beside the step, already computed on the host; see `describe`."""
+        """values: what to show beside the step, already computed on the host."""
         if not self._enabled:
             return
         now = time.monotonic()
-        if self._steady is None:  # the first step includes compilation and says nothing about the time left
-            self._steady = (step, now)
-        line = f"{self._stage:<9} step {step:>5}/{self._num_steps}  {describe(values)}  {self._left(step, now)}"
+        self._steady = self._steady or (step, now)  # the first step includes compilation and says nothing of the time left
+        left = self._left(step, now, *self._steady)
+        line = f"{self._stage:<9} step {step:>5}/{self._num_steps}  {self._describe(values)}  {left}"
         if self._live is not None:
             self._live.update(Text(line))
         elif now - self._shown >= LOG_SECONDS or step == self._num_steps:
             self._shown = now
             print(line, flush=True)
 
-    def _left(self, step: int, now: float) -> str:
-        first, since = self._steady
+    def _describe(self, values: dict[str, float]) -> str:
+        return "  ".join(form.format(values[name]) for name, form in self._forms if name in values)
+
+    def _left(self, step: int, now: float, first: int, since: float) -> str:
         if step == self._num_steps:
             return f"done in {clock(now - self._began)}"
         if step == first:
@@ -60,20 +68,3 @@ def clock(seconds: float) -> str:
     minutes, rest = divmod(int(round(seconds)), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"
-
-
-def describe(values: dict[str, float]) -> str:
-    """The numbers of a progress line, each with its unit."""
-    parts = []
-    for name, form in (
-        ("loss", "loss {:.3f}"),
-        ("accuracy", "accuracy {:.1%}"),
-        ("reward", "reward {:+.2f}"),
-        ("gold", "gold {:.3f}"),
-        ("kl", "KL {:.2f} nats"),
-        ("tokens_per_second", "{:,.0f} tokens/s"),
-        ("mfu", "MFU {:.0%}"),
-    ):
-        if name in values:
-            parts.append(form.format(values[name]))
-    return "  ".join(parts)

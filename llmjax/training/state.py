@@ -35,13 +35,14 @@ def abstract_state(specs: PyTree, tx: optax.GradientTransformation, mesh: Mesh |
     single = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     everywhere = single if mesh is None else NamedSharding(mesh, PartitionSpec())
     opt_state = optax.tree_utils.tree_map_params(
-        tx,
+        tx.init,
         lambda moment, param: jax.ShapeDtypeStruct(moment.shape, moment.dtype, sharding=param.sharding),
         jax.eval_shape(tx.init, params),
         params,
         transform_non_params=lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere),
     )
-    return TrainState(jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), params, opt_state)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)
+    return TrainState(step, params, opt_state)
 
 
 def init_state(params: PyTree, tx: optax.GradientTransformation, abstract: TrainState) -> TrainState:

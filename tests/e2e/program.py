@@ -33,7 +33,7 @@ class Finished:
 def command(kind: str, workdir: pathlib.Path, *flags: str) -> list[str]:
     """kind: of KINDS, or "study" for both in one run."""
     spec = f"{STUDY}:test" if kind == "study" else f"{QUICKSTART}:{KINDS[kind]}"
-    return [sys.executable, "-m", "llmjax.main", f"--config={spec}", f"--workdir={workdir}", *flags]
+    return [sys.executable, "-m", "llmjax", f"--config={spec}", f"--workdir={workdir}", *flags]
 
 
 def environment() -> dict[str, str]:
@@ -119,8 +119,7 @@ def outcome(workdir: pathlib.Path) -> dict:
     results = {stage: result(workdir, stage) for stage in STAGES}
     return {
         "results": {
-            stage: {name: found[name] for name in ("steps", "tokens", "metrics", "samples", "table") if name in found}
-            for stage, found in results.items()
+            stage: {name: value for name, value in found.items() if name != "seconds"} for stage, found in results.items()
         },
         "rows": [{name: value for name, value in row.items() if name not in SPEED + IN_MEMORY} for row in rows(workdir)],
     }

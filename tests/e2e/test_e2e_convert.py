@@ -26,7 +26,7 @@ PROGRAM = r"""
 import re, sys
 import jax, orbax.checkpoint, safetensors.numpy, llmjax.interop.hf_folder, llmjax.training.checkpoint
 jax.block_until_ready(jax.numpy.zeros(8) + 1)
-from llmjax import convert
+from llmjax.commands import convert
 
 def peak():  # of this program alone; getrusage's figure would begin with that of the process that started it
     return int(re.search(r"VmHWM:\s+(\d+)", open("/proc/self/status").read()).group(1)) * 1024

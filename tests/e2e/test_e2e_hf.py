@@ -8,7 +8,7 @@ import pytest
 import tiny
 from safetensors.numpy import load_file
 
-from llmjax import convert, main
+from llmjax.commands import chat, convert, train
 from llmjax.data.tokenizer import Tokenizer, TokenizerConfig
 from llmjax.errors import UserError
 from llmjax.interop.hf_folder import save_params
@@ -22,8 +22,8 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 SMALL = [
-    "--config.sft.steps=4", "--config.sft.batch_size=4", "--config.sft.length=96", "--config.data.num_documents=20",
-    "--config.data.num_dialogues=60", "--config.evaluation.num_questions=8", "--config.evaluation.batch_size=8",
+    "--config.sft.steps=4", "--config.sft.batch_size=4", "--config.sft.length=96", "--config.sft.data.num_dialogues=60",
+    "--config.evaluation.num_prompts=8", "--config.evaluation.batch_size=8",
 ]  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def make_folder(tmp_path):
 
 def run(folder, workdir, *flags, method=""):
     experiment = f"--config={program.REPOSITORY / 'experiments' / 'sft_from_hf.py'}:{folder}{method}"
-    main.run(["llmjax", experiment, f"--workdir={workdir}", *SMALL, *flags])
+    train.run(["llmjax", experiment, f"--workdir={workdir}", *SMALL, *flags])
 
 
 def test_sft_of_a_folder_and_back(folder, tmp_path, capsys, monkeypatch):
@@ -55,11 +55,18 @@ def test_sft_of_a_folder_and_back(folder, tmp_path, capsys, monkeypatch):
     assert saved["embed_dim"] == 16 and saved["moe"]["num_experts"] == 4 and saved["qk_norm"] == "head"
     tokenizer = Tokenizer.load(tmp_path / "run" / "tokenizer")
     assert tokenizer.fingerprint() == read_tokenizer(str(folder)).fingerprint()
-    assert tokenizer.decode([tokenizer.end_id]) == "<|end|>" and tokenizer.chat_template == TEMPLATE
+    assert tokenizer.decode([tokenizer.end_of_turn_id]) == "<|end|>" and tokenizer.chat_template == TEMPLATE
     convert.run(["llmjax-convert", f"--source={tmp_path}/run/sft", f"--target={tmp_path}/out"])
     assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen3_moe"
     assert read_tokenizer(str(tmp_path / "out")).fingerprint() == tokenizer.fingerprint()
-    run(tmp_path / "out", tmp_path / "again")  # and that folder is one to start from
+    capsys.readouterr()
+    said = {}
+    for flag in (f"--workdir={tmp_path}/run", f"--model={tmp_path}/out"):
+        chat.run(["llmjax-chat", flag, "--message=Who lives in the town?", "--max_new_tokens=5"])
+        said[flag] = capsys.readouterr().out
+    assert len(set(said.values())) == 1, said
+    run(tmp_path / "out", tmp_path / "again", "--preview")  # and that folder is one to start from
+    assert "<|assistant|>[[" in capsys.readouterr().out
 
 
 def test_lora_of_a_folder(folder, tmp_path, monkeypatch):
@@ -78,7 +85,7 @@ def test_lora_of_a_folder(folder, tmp_path, monkeypatch):
         np.testing.assert_allclose(theirs[name], value, atol=1e-6, err_msg=name)
         adapted = any(part in name for part in ("_proj", "experts"))
         assert np.array_equal(value, base[name]) != adapted, name
-    with pytest.raises(UserError, match="not a finished SFT stage that was trained with LoRA"):
+    with pytest.raises(UserError, match="not a finished stage that was trained with LoRA"):
         convert.run(["llmjax-convert", f"--source={folder}", f"--target={tmp_path}/x", "--adapter_only"])
 
 
@@ -102,4 +109,4 @@ def test_a_broken_folder_is_refused_before_anything_is_written(folder, tmp_path,
 
 def test_a_folder_is_given_behind_a_colon():
     with pytest.raises(UserError, match="give the model's folder behind a colon"):
-        main.run(["llmjax", f"--config={program.REPOSITORY / 'experiments' / 'sft_from_hf.py'}", "--workdir=x"])
+        train.run(["llmjax", f"--config={program.REPOSITORY / 'experiments' / 'sft_from_hf.py'}", "--workdir=x"])

@@ -21,7 +21,8 @@ def test_all_stages_on_a_mesh(finished, tmp_path):
     run = program.run(finished.kind, tmp_path / "mesh", *EIGHT, "--config.ppo.minibatches=1")
     for stage in ("pretrain", "sft"):
         assert losses(run.workdir, stage) == pytest.approx(losses(finished.workdir, stage), abs=TOLERANCE)
-    assert [row["model"] for row in program.result(run.workdir, "ppo")["table"]] == ["base", "sft", "ppo"]
+    (table,) = program.result(run.workdir, "ppo")["tables"]
+    assert [row["name"] for row in table["rows"]] == ["pretrain", "sft", "ppo"]
     assert run.stderr == ""
 
 

@@ -7,23 +7,22 @@ import math
 import program
 import pytest
 
-from llmjax import main
-from llmjax.data.builder import open_world, prepare_world
+from llmjax.commands import train
 from llmjax.errors import UserError
+from llmjax.tasks.world.builder import WorldRecords
 
 
 @pytest.mark.parametrize("tokenizer", ["bpe", "byte"])
 def test_pretraining_on_files(tmp_path, capsys, monkeypatch, tokenizer):
     monkeypatch.setenv("LLMJAX_KEEP_MEMORY", "0")
-    world = prepare_world(tmp_path / "world", seed=0, num_documents=120, num_dialogues=1)
-    texts = list(open_world(world, "documents", "train"))
+    texts = list(WorldRecords(tmp_path / "world", "documents", "train", seed=0, size=120))
     (tmp_path / "a.txt").write_text("\n\n".join(texts[:60]), encoding="utf-8")
     with gzip.open(tmp_path / "b.jsonl.gz", "wt", encoding="utf-8") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts[60:])
     workdir = tmp_path / "run"
-    flags = [f"--config.data.path={tmp_path}/a.txt,{tmp_path}/b.*", f"--config.tokenizer.kind={tokenizer}"]
+    flags = [f"--config.pretrain.data.path={tmp_path}/a.txt,{tmp_path}/b.*", f"--config.tokenizer.kind={tokenizer}"]
     experiment = f"--config={program.REPOSITORY / 'experiments' / 'pretrain_text.py'}:test"
-    main.run(["llmjax", experiment, f"--workdir={workdir}", *flags])
+    train.run(["llmjax", experiment, f"--workdir={workdir}", *flags])
     metrics = program.result(workdir, "pretrain")["metrics"]
     assert 0 < metrics["ngram5_bits_per_byte"] < 8 and metrics["bits_per_byte"] < 12
     if tokenizer == "byte":  # a token is a byte, but for the few that end a document
@@ -55,18 +54,12 @@ def test_dense_beside_sparse(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--config.reward.num_prompts=5000", r"reward.num_eval_prompts=5008: the world has 1646 train questions"),
-        ("--config.evaluation.num_questions=5000", "evaluation.num_questions=5000: the world has 298 validation"),
+        ("--config.reward.data.num_prompts=5000", r"reward.data.num_prompts \+ num_eval_prompts=5008: there are 1646 train"),
+        ("--config.reward.data.num_eval_prompts=500", "reward.data.num_eval_prompts=500: there are 298 validation prompts"),
+        ("--config.ppo.prompt_length=3", r"ppo: none of 1,646 train prompts fits prompt_length=3; 99 % of them fit \d+$"),
     ],
 )
-def test_more_questions_than_there_are_are_refused_before_anything_is_written(tmp_path, flag, words):
+def test_prompts_that_are_too_few_or_too_long_are_refused_before_any_training(tmp_path, flag, words):
     with pytest.raises(UserError, match=words):
-        main.run(["llmjax", f"--config={program.QUICKSTART}:test", f"--workdir={tmp_path / 'run'}", flag])
-    assert not (tmp_path / "run").exists()
-
-
-def test_questions_that_do_not_fit_are_refused_before_any_training(tmp_path):
-    flags = ["llmjax", f"--config={program.QUICKSTART}:test", f"--workdir={tmp_path}"]
-    with pytest.raises(UserError, match=r"use --config.ppo.prompt_length=\d+ or more"):
-        main.run([*flags, "--config.ppo.prompt_length=5"])
-    assert not (tmp_path / "pretrain").exists()
+        train.run(["llmjax", f"--config={program.QUICKSTART}:test", f"--workdir={tmp_path}", flag])
+    assert not [stage for stage in program.STAGES if (tmp_path / stage).exists()]

@@ -8,16 +8,20 @@ import shutil
 import program
 import pytest
 
-from llmjax import chat, main
-from llmjax.config import load_experiment, to_json
+from llmjax.commands import chat, train
+from llmjax.config import load_experiment, to_dict, to_json
 from llmjax.errors import UserError
+from llmjax.results import read_summary
+from llmjax.runs.models import finished as models_of
+from llmjax.runs.models import open_model
+from llmjax.units import text
 
 METRICS = {
-    "pretrain": {"loss", "perplexity", "bits_per_byte", "ngram5_loss", "ngram5_bits_per_byte", "num_params",
-                 "num_active_params", "train_tokens", "train_flops_per_token", "train_flops"},
-    "sft": {"loss", "instruction_following_before", "instruction_following_after", "gold", "correct"},
-    "reward": {"accuracy", "noise_ceiling", "accuracy_of_ceiling", "loss"},
-    "ppo": {"gold", "gold_stderr", "correct", "instruction_following", "kl", "kl_stderr", "length"},
+    "pretrain": {"loss", "perplexity", "bits_per_byte", "ngram5_bits_per_byte", "num_params", "num_active_params",
+                 "train_flops_per_token", "train_flops"},
+    "sft": {"loss", "instruction_following", "gold", "correct", "kl", "ended", "length"},
+    "reward": {"accuracy", "noise_ceiling", "accuracy_of_ceiling", "loss", "new_prompts_accuracy"},
+    "ppo": {"gold", "correct", "instruction_following", "kl", "ended", "length"},
 }  # fmt: skip
 
 
@@ -29,35 +33,63 @@ def experiment(finished):
 def test_terminal(finished):
     assert finished.stderr == ""
     for stage in program.STAGES:
-        assert re.search(rf"^{stage} +step +\d+/\d+  loss [\d.]+  .*done in \d+:\d\d$", finished.stdout, re.MULTILINE)
-        assert re.search(rf"^{stage} +complete in \d+ s: \w+ ", finished.stdout, re.MULTILINE)
+        assert re.search(rf"^{stage} +step +\d+/\d+  loss -?[\d.]+  .*done in \d+:\d\d$", finished.stdout, re.MULTILINE)
+        assert re.search(rf"^{stage} +complete in \d+ s$", finished.stdout, re.MULTILINE)
+        shown = [metric for metric in read_summary(finished.workdir / stage).metrics if metric.label]
+        for metric in shown:
+            value = re.escape(text(metric.value, metric.unit, metric.error))
+            assert re.search(rf"^    {re.escape(metric.label)} +{value}", finished.stdout, re.MULTILINE), metric.name
+        assert len(shown) > 2
+    assert re.search(r"ppo +step .* reward [-+][\d.]+  gold [\d.]+  KL -?[\d.]+ nats ", finished.stdout)
     assert "tokens/s" in finished.stdout and "time left" in finished.stdout
     for line in (f"report    {finished.workdir}/report.html", f"llmjax-chat --workdir={finished.workdir}"):
         assert line in finished.stdout
 
 
+def steps_of(experiment, stage: str) -> int:
+    """Of the optimizer. A reward model sees each ranking once."""
+    cfg = experiment.stages[stage]
+    return cfg.data.num_prompts * cfg.data.rankings_per_prompt // cfg.batch_size if stage == "reward" else cfg.steps
+
+
 def test_results(finished, experiment):
     for stage in program.STAGES:
         result = program.result(finished.workdir, stage)
-        assert result["stage"] == stage and result["steps"] == getattr(experiment, stage).steps
+        assert result["stage"] == stage and result["steps"] == steps_of(experiment, stage)
         assert result["seconds"] > 0 and result["tokens"] > 0
         assert METRICS[stage] <= set(result["metrics"])
         assert all(math.isfinite(value) for value in result["metrics"].values())
     metrics = program.result(finished.workdir, "pretrain")["metrics"]
     assert metrics["perplexity"] == pytest.approx(math.exp(metrics["loss"]))
     assert (metrics["num_active_params"] < metrics["num_params"]) == (finished.kind == "moe")
-    cfg = experiment.pretrain
-    assert metrics["train_tokens"] == cfg.steps * cfg.batch_size * cfg.length
+    cfg = experiment.stages["pretrain"]
+    tokens = program.result(finished.workdir, "pretrain")["tokens"]
+    assert tokens == cfg.steps * cfg.batch_size * cfg.length
+    assert metrics["train_flops"] == tokens * metrics["train_flops_per_token"]
 
 
 def test_table_of_models(finished):
-    base, sft, ppo = program.result(finished.workdir, "ppo")["table"]
-    assert [row["model"] for row in (base, sft, ppo)] == ["base", "sft", "ppo"]
+    (table,) = program.result(finished.workdir, "ppo")["tables"]
+    base, sft, ppo = table["rows"]
+    assert [row["name"] for row in (base, sft, ppo)] == ["pretrain", "sft", "ppo"]
     assert sft["kl"] == sft["kl_stderr"] == 0.0  # against itself
     assert ppo["kl"] != 0.0
-    assert program.result(finished.workdir, "ppo")["metrics"] == {k: v for k, v in ppo.items() if k != "model"}
-    after = program.result(finished.workdir, "sft")["metrics"]["instruction_following_after"]
-    assert sft["instruction_following"] == after  # the same questions, the same keys
+    assert program.result(finished.workdir, "ppo")["metrics"] == {name: ppo[name] for name in METRICS["ppo"]}
+    after = program.result(finished.workdir, "sft")["metrics"]
+    assert {name: sft[name] for name in METRICS["ppo"]} == {name: after[name] for name in METRICS["ppo"]}  # the same keys
+    first, *_ = (m for m in read_summary(finished.workdir / "ppo").metrics if m.name == "gold")
+    assert first.baseline == ("before", sft["gold"])
+
+
+def test_models(finished, experiment):
+    """What a stage's model is stands beside it: the other programs need no experiment."""
+    for stage in program.STAGES:
+        about = json.loads((finished.workdir / stage / "model.json").read_text(encoding="utf-8"))
+        model = to_dict(experiment.model) | {"vocab_size": 1024}
+        kind = "scalar" if stage == "reward" else "language"
+        assert about == {"kind": kind, "dtype": "float32", "model": model, "source": None}
+        assert (finished.workdir / stage / "params").is_dir()
+    assert models_of(str(finished.workdir)) == ["pretrain", "sft", "ppo"]
 
 
 def test_samples(finished):
@@ -65,28 +97,32 @@ def test_samples(finished):
         samples = program.result(finished.workdir, stage)["samples"]
         assert len(samples) == 2 and all(sample["prompt"] and sample["answer"] for sample in samples)
         for sample in samples:
-            assert f"    {sample['prompt']} -> {sample['answer']}" in finished.stdout
+            prompt, answer = (" ".join(sample[part].split()) for part in ("prompt", "answer"))
+            shown = re.findall(rf"^    {re.escape(prompt)} -> (.*?)( \.\.\.)?$", finished.stdout, re.MULTILINE)
+            assert any(answer == said or (cut and answer.startswith(said) and len(said) > 100) for said, cut in shown)
+            assert sample["continues"] == (stage == "pretrain")
 
 
 def test_rankings(finished, experiment):
-    sizes = {}
+    sizes, data = {}, experiment.stages["reward"].data
     for path in sorted((finished.workdir / "reward").glob("rankings-*.jsonl")):
         ranked = [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n")[:-1]]
         sizes[path.stem] = len({row["id"] for row in ranked})
-        assert len(ranked) == sizes[path.stem] * experiment.reward.rankings_per_prompt
-        assert all(len(row["answers"]) == 4 and min(a["rank"] for a in row["answers"]) == 0 for row in ranked)
-    held_out = experiment.reward.num_eval_prompts
+        assert len(ranked) == sizes[path.stem] * data.rankings_per_prompt
+        for row in ranked:
+            assert len(row["answers"]) == len(row["ranks"]) == len(row["scores"]) == 4 and min(row["ranks"]) == 0
+            assert all(answer["tokens"] for answer in row["answers"])
     assert sizes == {
-        "rankings-train": experiment.reward.num_prompts,
-        "rankings-held_out": held_out,
-        "rankings-new_facts": held_out,
+        "rankings-train": data.num_prompts,
+        "rankings-held_out": data.num_eval_prompts,
+        "rankings-new_prompts": data.num_eval_prompts,
     }
 
 
 def test_metrics_rows(finished, experiment):
     for stage in program.STAGES:
         train = program.rows(finished.workdir, stage, "train")
-        assert [row["step"] for row in train] == list(range(1, getattr(experiment, stage).steps + 1))
+        assert [row["step"] for row in train] == list(range(1, steps_of(experiment, stage) + 1))
         assert all(math.isfinite(value) for row in train for value in row.values() if not isinstance(value, str))
         assert all(row["tokens_per_second"] > 0 for row in train[1:])
     assert [row["step"] for row in program.rows(finished.workdir, "pretrain", "eval")] == [3, 6]
@@ -101,11 +137,14 @@ def test_ppo_starts_on_the_reference(finished):
 
 
 def test_router_metrics(finished, experiment):
+    """Scalars at every step; by layer and expert at evaluations and at the last step, which keeps metrics.jsonl small."""
+    evaluated = {"pretrain": [3, 6], "sft": [2, 4], "reward": [4], "ppo": [3]}
     for stage in program.STAGES:
-        row = program.rows(finished.workdir, stage, "train")[0]
-        names = [name for name in row if name.startswith("moe/")]
-        assert bool(names) == (finished.kind == "moe"), f"{stage}: {names}"
-        if finished.kind == "moe":
+        rows = program.rows(finished.workdir, stage, "train")
+        assert all(("moe/max_load" in row) == (finished.kind == "moe") for row in rows)
+        arrays = [row["step"] for row in rows if any(name.startswith(("moe/load/", "moe/layer/")) for name in row)]
+        assert arrays == (evaluated[stage] if finished.kind == "moe" else [])
+        for row in (row for row in rows if row["step"] in arrays):
             for layer in range(experiment.model.num_layers):
                 assert sum(row[f"moe/load/{layer}/{e}"] for e in range(4)) == pytest.approx(1.0, abs=1e-5)
 
@@ -115,7 +154,7 @@ def test_report_needs_nothing_else(finished):
     assert not re.findall(r"""(?:src|href)\s*=\s*["']?(?!["']?(?:data:|#))[^"'\s>]+""", page)
     assert not re.search(r"<script|<link|<iframe|@import|url\((?!#|data:)", page)
     assert page.count("<svg") >= 3
-    for title in ("Pre-training", "SFT", "Reward model", "PPO", f"llmjax-chat --workdir={finished.workdir}"):
+    for title in ("Pre-training", "SFT", "Reward model", "Reinforcement learning", f"llmjax-chat --workdir={finished.workdir}"):
         assert title in page
 
 
@@ -148,7 +187,7 @@ def test_again_does_nothing(finished):
 def test_another_config_is_refused(finished):
     config = f"--config={program.QUICKSTART}:{program.KINDS[finished.kind]}"
     with pytest.raises(UserError, match=r"was made by another config \(seed: 0 -> 1\)"):
-        main.run(["llmjax", config, f"--workdir={finished.workdir}", "--config.seed=1"])
+        train.run(["llmjax", config, f"--workdir={finished.workdir}", "--config.seed=1"])
 
 
 def chat_with(workdir, *flags: str) -> None:
@@ -166,7 +205,7 @@ def test_chat(finished, capsys):
 
 
 def test_chat_streams_what_it_answers(finished, capsys):
-    talk = chat.Chat(str(finished.workdir), "pretrain", 0.0, 6, 0)
+    talk = chat.Chat(open_model(str(finished.workdir / "pretrain")), max_new_tokens=6)
     pieces = list(talk.answer("Where does Klosha live?"))
     chat_with(finished.workdir, "--stage=pretrain")
     assert "".join(pieces) + "\n" == capsys.readouterr().out
@@ -177,6 +216,7 @@ def test_chat_with_an_unfinished_run(finished, tmp_path):
     for name in ("config.json", "tokenizer", "pretrain", "sft"):
         copy = shutil.copytree if (finished.workdir / name).is_dir() else shutil.copy
         copy(finished.workdir / name, tmp_path / name)
-    with pytest.raises(UserError, match="stage ppo is not complete there; there is sft, pretrain$"):
-        chat_with(tmp_path, "--stage=ppo")
+    for stage in ("ppo", "reward"):
+        with pytest.raises(UserError, match=f"stage {stage} is not complete there; there is pretrain, sft$"):
+            chat_with(tmp_path, f"--stage={stage}")
     chat_with(tmp_path)

@@ -7,9 +7,7 @@ import pathlib
 import pytest
 
 from llmjax.config import load_experiment
-from llmjax.stages.prepare import load_tokenizer
-from llmjax.stages.pretrain import run_pretrain
-from llmjax.stages.run import Run
+from llmjax.runs.pipeline import open_context
 from llmjax.training.metrics import MetricsLog
 
 QUICKSTART = pathlib.Path(__file__).parents[2] / "experiments" / "quickstart.py"
@@ -40,8 +38,9 @@ class FirstLosses(MetricsLog):
 def first_losses(arg: str, workdir: str) -> list[float]:
     experiment = load_experiment(f"{QUICKSTART}:{arg}")
     log = FirstLosses()
+    context = open_context(experiment, workdir, log, verbose=False).for_stage("pretrain")
     with pytest.raises(Enough):
-        run_pretrain(Run(experiment, workdir, None, load_tokenizer(experiment, workdir), log, verbose=False))
+        experiment.stages["pretrain"].run(context)
     return log.losses
 
 

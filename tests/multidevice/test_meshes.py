@@ -1,7 +1,6 @@
 """The same loss, gradients, training and tokens on one device and on 8, however the mesh is cut."""
 
 import dataclasses
-import itertools
 from functools import cache, partial
 
 import jax
@@ -20,9 +19,11 @@ from llmjax.models.lora import LoRAConfig, adapt, lora_spec, merge
 from llmjax.models.spec import init_params, shardings
 from llmjax.models.transformer import transformer_spec
 from llmjax.objectives.lm import lm_loss
-from llmjax.objectives.ppo import actor_critic_spec, ppo_loss
+from llmjax.objectives.policy import actor_critic_spec
 from llmjax.objectives.reward import reward_loss
-from llmjax.rl.rollout import score_experience
+from llmjax.rl.algorithms import GRPO, PPO
+from llmjax.rl.learner import Learner, Programs, policy_loss
+from llmjax.rl.rollout import score_rollout
 from llmjax.sharding import MeshConfig
 from llmjax.training.optimizer import OptimizerConfig, make_optimizer
 from llmjax.training.state import abstract_state, init_state, make_train_step
@@ -36,19 +37,8 @@ MESHES = {
     "expert4-data2": dict(expert=4, data=2),
 }
 EVERY_KIND = "fsdp2-expert2-tensor2"
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    clip_ratio: float = 0.2
-    value_clip: float = 0.3
-    vf_coef: float = 0.5
-    temperature: float = 0.9
-    kl_coef: float = 0.1
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    missing_end_penalty: float = 1.0
-
+ALGORITHM, TEMPERATURE = PPO(value_clip=0.3, kl_coef=0.1), 0.9
+MODES = ("auto", "explicit")
 
 # What families add to the two models that every other test uses.
 FAMILIES = {
@@ -102,7 +92,8 @@ def objective(name: str, cfg):
         return transformer_spec(cfg), lm_loss, tiny.lm_batch(cfg, ROWS, 8)
     if name == "reward":
         return scalar_model_spec(cfg), reward_loss, tiny.rankings(cfg, ROWS, 3, 6)
-    return actor_critic_spec(cfg), partial(ppo_loss, ppo=Options()), tiny.experience(cfg, ROWS, 3, 5)
+    loss = partial(policy_loss, algorithm=ALGORITHM, temperature=TEMPERATURE)
+    return actor_critic_spec(cfg), loss, tiny.experience(cfg, ROWS, 3, 5)
 
 
 def make(mesh: str, mode: str):
@@ -127,24 +118,23 @@ def on_one_device(name: str, model: str):
     return metrics_loss_and_grads(name, model_config(model), None)
 
 
-def cases():
-    """Every objective on every mesh, in both modes, dense and sparse, unrolled and scanned.
+# One combined mesh, and each axis alone; the objectives and loops that share their code are not crossed with everything.
+QUICK = [
+    *(("lm", EVERY_KIND, mode, model, "unroll") for mode in MODES for model in tiny.MODELS),
+    ("lm", EVERY_KIND, "explicit", "moe", "scan"),
+    ("lm", EVERY_KIND, "auto", "dense", "scan"),
+    ("lm", "data2-fsdp4", "auto", "dense", "unroll"),
+    ("lm", "data4-tensor2", "explicit", "dense", "unroll"),
+    ("lm", "fsdp8", "explicit", "moe", "unroll"),
+    ("lm", "expert4-data2", "explicit", "moe", "unroll"),
+    ("reward", EVERY_KIND, "auto", "dense", "unroll"),
+    ("reward", "fsdp8", "explicit", "dense", "unroll"),
+    ("ppo", EVERY_KIND, "auto", "dense", "unroll"),
+]
+CASES = tiny.crossed(QUICK, ("lm", "reward", "ppo"), MESHES, MODES, tiny.MODELS, ("unroll", "scan"))
 
-    By default the objectives and loops that share their code are not crossed with everything; `-m slow` runs the rest.
-    """
-    for name, mesh, mode, model, loop in itertools.product(
-        ("lm", "reward", "ppo"), MESHES, ("auto", "explicit"), tiny.MODELS, ("unroll", "scan")
-    ):
-        quick = mesh == EVERY_KIND and (loop == "unroll" or name == "lm")
-        quick |= name == "lm" and loop == "unroll" and (model == "moe" or mesh == "data2-fsdp4")
-        quick |= (name, mesh, mode, model, loop) == ("reward", "fsdp8", "explicit", "dense", "unroll")
-        yield pytest.param(
-            name, mesh, mode, model, loop, id=f"{name}-{mesh}-{mode}-{model}-{loop}",
-            marks=() if quick else pytest.mark.slow,
-        )  # fmt: skip
 
-
-@pytest.mark.parametrize("name, mesh, mode, model, loop", list(cases()))
+@pytest.mark.parametrize("name, mesh, mode, model, loop", CASES)
 def test_loss_metrics_and_gradients(name, mesh, mode, model, loop):
     metrics, loss, grads = metrics_loss_and_grads(name, model_config(model, loop), make(mesh, mode))
     expected_metrics, expected_loss, expected_grads = on_one_device(name, model)
@@ -158,28 +148,33 @@ def test_loss_metrics_and_gradients(name, mesh, mode, model, loop):
         assert worst <= 1e-5, f"{jax.tree_util.keystr(path)}: {worst:.1e} of the largest gradient"
 
 
-@pytest.mark.parametrize("mode, loop", [("auto", "unroll"), ("explicit", "unroll"), ("auto", "scan"), ("explicit", "scan")])
-@pytest.mark.parametrize("model", [*FAMILIES, "interleaved"])
+KINDS = (*FAMILIES, "interleaved")
+QUICK_FAMILIES = [*((name, "explicit", "unroll") for name in KINDS), ("norms", "auto", "scan")]
+
+
+@pytest.mark.parametrize("model, mode, loop", tiny.crossed(QUICK_FAMILIES, KINDS, MODES, ("unroll", "scan")))
 def test_families(model, mode, loop):
     test_loss_metrics_and_gradients("lm", EVERY_KIND, mode, model, loop)
 
 
-@pytest.mark.parametrize("mode", ["auto", "explicit"])
-@pytest.mark.parametrize("mesh", [EVERY_KIND, "expert4-data2"])
-@pytest.mark.parametrize("model", DISPATCHES)
+QUICK_DISPATCHES = [
+    ("exchange", EVERY_KIND, "explicit"), ("exchange", "expert4-data2", "auto"), ("exchange-many", "expert4-data2", "explicit"),
+    ("many", EVERY_KIND, "explicit"), ("capacity", EVERY_KIND, "explicit"), ("experts-choose", EVERY_KIND, "explicit"),
+    ("hash", "expert4-data2", "explicit"), ("noise", EVERY_KIND, "explicit"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model, mesh, mode", tiny.crossed(QUICK_DISPATCHES, DISPATCHES, (EVERY_KIND, "expert4-data2"), MODES))
 def test_invariant_23_dispatches(model, mesh, mode):
     test_loss_metrics_and_gradients("lm", mesh, mode, model, "unroll")
 
 
-@pytest.mark.parametrize("mode", ["auto", "explicit"])
-@pytest.mark.parametrize("model", ["exchange", "capacity", "hash", "noise"])
-def test_dispatches_generate_the_same_tokens(model, mode):
-    test_families_generate_the_same_tokens(model, mode)
+WRITERS = (*FAMILIES, "exchange", "capacity", "hash", "noise")
+QUICK_WRITERS = [("latent", "explicit"), ("sinks", "explicit"), ("exchange", "explicit")]
 
 
-@pytest.mark.parametrize("mode", ["auto", "explicit"])
-@pytest.mark.parametrize("model", FAMILIES)
-def test_families_generate_the_same_tokens(model, mode):
+@pytest.mark.parametrize("model, mode", tiny.crossed(QUICK_WRITERS, WRITERS, MODES))
+def test_families_and_dispatches_generate_the_same_tokens(model, mode):
     cfg = model_config(model)
     np.testing.assert_array_equal(answers(cfg, make(EVERY_KIND, mode)).tokens, answers_on_one_device(cfg).tokens)
 
@@ -213,9 +208,12 @@ def trajectory_on_one_device(model: str):
     return trajectory(model_config(model), None)
 
 
-@pytest.mark.parametrize("mode", ["auto", "explicit"])
-@pytest.mark.parametrize("mesh, model", [("data2-fsdp4", "dense"), (EVERY_KIND, "moe")])
-def test_three_training_steps(mesh, mode, model):
+TRAINED = (("data2-fsdp4", "dense"), (EVERY_KIND, "moe"))
+
+
+@pytest.mark.parametrize("where, mode", tiny.crossed([(TRAINED[0], "auto")], TRAINED, MODES))
+def test_three_training_steps(where, mode):
+    mesh, model = where
     losses, params = trajectory(model_config(model), make(mesh, mode))
     expected_losses, expected_params = trajectory_on_one_device(model)
     assert abs(expected_losses[2] - expected_losses[0]) > 1e-3
@@ -243,8 +241,10 @@ def lora_step(model: str, mesh_name: str | None, mode: str = "auto"):
     return jax.device_get((value, grads, merged))
 
 
-@pytest.mark.parametrize("mode", ["auto", "explicit"])
-@pytest.mark.parametrize("model", ["dense", "moe", *FAMILIES])
+QUICK_LORA = [("dense", "auto"), ("moe", "explicit")]
+
+
+@pytest.mark.parametrize("model, mode", tiny.crossed(QUICK_LORA, ("dense", "moe", *FAMILIES), MODES))
 def test_lora(model, mode):
     (loss, grads, merged), (want_loss, want_grads, want_merged) = lora_step(model, EVERY_KIND, mode), lora_step(model, None)
     np.testing.assert_allclose(loss, want_loss, rtol=1e-5)
@@ -265,7 +265,7 @@ def answers(cfg, mesh):
     specs = transformer_spec(cfg)
     batch, keys = sharding.put_batch(prompts(), mesh), jax.random.split(jax.random.key(0), ROWS)
     keys = keys if mesh is None else jax.device_put(keys, NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES)))
-    options = dict(cfg=cfg, sampling=SamplingConfig(max_new_tokens=6), end_id=7, pad_id=0)
+    options = dict(cfg=cfg, sampling=SamplingConfig(max_new_tokens=6), stop_ids=(7, 8), pad_id=0)
     with sharding.use_mesh(mesh):
         answer = tiny.jit(partial(generate.__wrapped__, **options))
         return jax.device_get(answer(place(tiny.draw(specs), specs, mesh), batch["tokens"], batch["segment_ids"], keys))
@@ -274,12 +274,19 @@ def answers(cfg, mesh):
 def experience(cfg, mesh):
     """What PPO learns from: made of the answers of one device, but scored on the mesh."""
     made = answers_on_one_device(cfg)
-    specs = actor_critic_spec(cfg), transformer_spec(cfg), scalar_model_spec(cfg)
+    specs = actor_critic_spec(cfg), transformer_spec(cfg)
     models = [place(tiny.draw(spec, seed), spec, mesh) for seed, spec in enumerate(specs)]
-    batch, made = sharding.put_batch(prompts(), mesh), Generation(**sharding.put_batch(vars(made), mesh))
-    score = tiny.jit(score_experience, static_argnums=(6, 7))
+    scores = np.random.default_rng(0).normal(size=ROWS).astype(np.float32)
+    batch, made = sharding.put_batch(prompts() | {"scores": scores}, mesh), Generation(**sharding.put_batch(vars(made), mesh))
+
+    def score(params, reference, batch, made):
+        args = batch["tokens"], batch["segment_ids"], made, batch["scores"], cfg, TEMPERATURE
+        rollout, metrics = score_rollout(params, reference, *args)
+        added, more = ALGORITHM.advantages(rollout)
+        return rollout.batch() | added, metrics | more
+
     with sharding.use_mesh(mesh):
-        return jax.device_get(score(*models, batch["tokens"], batch["segment_ids"], made, cfg, Options()))
+        return jax.device_get(tiny.jit(score)(*models, batch, made))
 
 
 @cache
@@ -292,12 +299,14 @@ def experience_on_one_device(cfg):
     return experience(cfg, None)
 
 
-on_two_meshes = pytest.mark.parametrize("mesh, model", [("data4-tensor2", "dense"), (EVERY_KIND, "moe")])
+WRITING = (("data4-tensor2", "dense"), (EVERY_KIND, "moe"))
+QUICK_WRITING = [(WRITING[0], "auto"), (WRITING[1], "explicit")]
+on_two_meshes = pytest.mark.parametrize("where, mode", tiny.crossed(QUICK_WRITING, WRITING, MODES))
 
 
-@pytest.mark.parametrize("mode", ["auto", "explicit"])
 @on_two_meshes
-def test_generated_tokens(mesh, mode, model):
+def test_generated_tokens(where, mode):
+    mesh, model = where
     got, expected = answers(model_config(model), make(mesh, mode)), answers_on_one_device(model_config(model))
     assert 0 < np.sum(expected.ended) < ROWS
     np.testing.assert_array_equal(got.tokens, expected.tokens)
@@ -306,13 +315,67 @@ def test_generated_tokens(mesh, mode, model):
     np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["auto", "explicit"])
 @on_two_meshes
-def test_experience(mesh, mode, model):
+def test_experience(where, mode):
+    mesh, model = where
     got, expected = experience(model_config(model), make(mesh, mode)), experience_on_one_device(model_config(model))
     for got_part, expected_part in zip(got, expected, strict=True):  # batch, metrics
         for key, value in expected_part.items():
             np.testing.assert_allclose(got_part[key], value, atol=2e-5, err_msg=key)
+
+
+# Whole steps of reinforcement learning
+
+
+LEARNERS = {"PPO": ALGORITHM, "GRPO": GRPO(group_size=4, clip_high=0.3, kl_coef=0.1)}
+
+
+def first_tokens(batch, generation):
+    """Scores of the host."""
+    return np.asarray(generation.tokens)[:, 0] % 5 / 2, {"asked": float(np.sum(batch["tokens"]))}
+
+
+def learnt(name: str, cfg, mesh):
+    """Metrics of two steps, and the parameters after them; the programs are those that are planned, compiled ahead."""
+    algorithm, rows = LEARNERS[name], 16
+    optimizer = OptimizerConfig(learning_rate=1e-2, warmup_steps=0, eps=1e-2)  # eps: as in `trajectory`
+    learner = Learner(
+        cfg, mesh, algorithm, optimizer, SamplingConfig(6, temperature=TEMPERATURE), steps=2, batch_size=rows, epochs=2,
+        minibatches=2, prompt_length=5, stop_ids=(7, 8), pad_id=0,
+    )  # fmt: skip
+    specs = actor_critic_spec(cfg, algorithm.needs_critic)
+    asked = {key: np.concatenate([value, value[::-1]]) for key, value in prompts().items()}
+    with sharding.use_mesh(mesh):
+        programs = Programs(*map(tiny.compiled, learner.programs()))
+        params = place(tiny.draw(specs), specs, mesh)
+        step, state = learner.step_fn(programs, params.policy, first_tokens), programs.update.init(params)
+        metrics = []
+        for i in range(2):
+            state, one = step(state, sharding.put_batch(asked, mesh), jax.random.key(i))
+            metrics.append(jax.device_get(one))
+        return metrics, jax.device_get(state.params)
+
+
+@cache
+def learnt_on_one_device(name: str, model: str):
+    return learnt(name, model_config(model), None)
+
+
+QUICK_LEARNERS = [("PPO", EVERY_KIND, "auto", "dense"), ("GRPO", "fsdp8", "explicit", "dense")]
+
+
+@pytest.mark.parametrize(
+    "name, mesh, mode, model", tiny.crossed(QUICK_LEARNERS, LEARNERS, (EVERY_KIND, "fsdp8"), MODES, tiny.MODELS)
+)
+def test_two_steps_of_reinforcement_learning(name, mesh, mode, model):
+    metrics, params = learnt(name, model_config(model), make(mesh, mode))
+    expected_metrics, expected_params = learnt_on_one_device(name, model)
+    for got, expected in zip(metrics, expected_metrics, strict=True):
+        assert got.keys() == expected.keys()
+        for key, value in expected.items():
+            np.testing.assert_allclose(got[key], value, rtol=1e-4, atol=2e-5, err_msg=key)
+    assert expected_metrics[0]["kl"] == 0 and expected_metrics[1]["kl"] > 1e-3
+    tiny.assert_trees_close(params, expected_params, 1e-4)
 
 
 # What does not divide

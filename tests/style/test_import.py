@@ -48,11 +48,12 @@ def test_importing_llmjax_is_quick_and_light():
 
 
 def test_the_pipeline_brings_no_other_framework():
-    out = run("import llmjax, llmjax.stages.pipeline\n" + REPORT)
+    out = run("import llmjax, llmjax.runs.pipeline, llmjax.stages.rl\n" + REPORT)
     assert out.strip() == "[]", out
 
 
 def test_help_and_config_errors_need_no_jax():
     """The command line answers a wrong flag at once: jax comes when the work begins."""
-    loaded = set(run("import llmjax.main, llmjax.chat, llmjax.config, sys; print(' '.join(sys.modules))").split())
+    modules = "llmjax.commands.train, llmjax.commands.chat, llmjax.config, sys"
+    loaded = set(run(f"import {modules}; print(' '.join(sys.modules))").split())
     assert not loaded & {"jax", "flax", "grain", *UNWANTED}

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import tiny
 
-from llmjax.rl.advantages import gae, kl_rewards, masked_mean, whiten
+from llmjax.objectives.policy import masked_mean
+from llmjax.rl.advantages import gae, kl_rewards, whiten
 
 B, R = 4, 6
 

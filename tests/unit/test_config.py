@@ -1,11 +1,11 @@
-"""llmjax.config and llmjax.overrides: loading, overriding, validating, saving and comparing frozen dataclasses."""
+"""llmjax.config: loading, overriding, validating, saving and comparing frozen dataclasses."""
 
 import dataclasses
-import enum
 import json
 import subprocess
 import sys
-from typing import Literal
+from collections.abc import Callable
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -13,9 +13,18 @@ from llmjax import config as config_lib
 from llmjax.errors import UserError
 
 
-class Remat(enum.Enum):
-    NONE = "none"
-    FULL = "full"
+def shorter(answer: str) -> float:
+    return -len(answer)
+
+
+@dataclasses.dataclass(frozen=True)
+class Short:
+    """A function with options."""
+
+    most: int = 5
+
+    def __call__(self, answer: str) -> float:
+        return len(answer) <= self.most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +48,6 @@ class Model:
     dropout: float = 0.0
     tied: bool = False
     norm: Literal["rms", "layer"] = "rms"
-    remat: Remat = Remat.NONE
     windows: tuple[int, ...] = ()
     shape: tuple[int, str] = (1, "x")
     max_length: int | None = None
@@ -47,13 +55,17 @@ class Model:
     lora: Lora | None = None
 
 
+class Source:
+    """A base class that is no dataclass itself, as the library's `Data` and `Stage`."""
+
+
 @dataclasses.dataclass(frozen=True)
-class World:
+class World(Source):
     facts: int = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Text:
+class Text(Source):
     path: str = "a.txt"
 
 
@@ -67,17 +79,23 @@ class Experiment:
     seed: int = 0
     name: str = "tiny"
     model: Model = Model()
-    data: World | Text = World()
+    data: Source = World()
     mixture: tuple[Text, ...] = (Text("a"), Text("b"))
+    stages: dict[str, Source] = dataclasses.field(default_factory=dict)
+    weights: dict[str, float] | None = None
+    scores: dict[str, Callable[[str], float]] = dataclasses.field(default_factory=dict)
+    reward: str | Callable[[str], float] = "length"
 
 
 @dataclasses.dataclass(frozen=True)
 class Study:
     runs: dict[str, Experiment]
     table: bool = True
+    shared: ClassVar[tuple[str, ...]] = ("runs",)
 
 
 STUDY = Study({"dense": Experiment(), "sparse": Experiment(model=Model(moe=MoE()))})
+STAGED = Experiment(stages={"text": Text("a"), "world": World()})
 
 
 def override(config, *pairs):
@@ -105,7 +123,7 @@ def test_split_overrides_refuses_half_written(argv):
     ("num_layers", "4", 4), ("num_layers", "1e6", 1_000_000), ("num_layers", "2_000", 2000), ("num_layers", "-1", -1),
     ("dropout", "1e-3", 1e-3), ("dropout", "1", 1.0), ("dropout", "inf", float("inf")),
     ("tied", "true", True), ("tied", "0", False), ("tied", "False", False),
-    ("norm", "layer", "layer"), ("remat", "FULL", Remat.FULL), ("remat", "full", Remat.FULL),
+    ("norm", "layer", "layer"),
     ("windows", "1,2,3", (1, 2, 3)), ("windows", "(4, 5,)", (4, 5)), ("windows", "[6]", (6,)), ("windows", "()", ()),
     ("windows", "", ()), ("shape", "3,y", (3, "y")),
     ("max_length", "8", 8), ("max_length", "none", None), ("max_length", "None", None), ("moe", "none", None),
@@ -134,15 +152,23 @@ def test_plain_str_keeps_the_word_none():
     ("model.max_length", "x", "expected int or none; for example --config.model.max_length=8"),
     ("model.tied", "yes", "expected bool; for example --config.model.tied=true"),
     ("model.norm", "layr", "expected one of rms, layer; did you mean 'layer'?"),
-    ("model.remat", "FUL", "expected one of NONE, FULL; did you mean 'FULL'?"),
     ("model.windows", "1,b", "expected tuple[int, ...]; for example --config.model.windows=8,8"),
     ("model.shape", "1,2,3", "for example --config.model.shape=8,text"),
     ("model", "4", "Model cannot be set as a whole; set one of its fields: num_layers, dropout"),
     ("model.moe", "yes", "MoE cannot be set as a whole; set one of its fields: num_experts, top_k"),
-    ("model.lora.rank", "4", "'model.lora' is none and Lora cannot be made from its defaults"),
+    ("model.lora.rank", "4", "Lora cannot be made from its defaults (Lora.__init__() missing 1"),
     ("model.max_length.x", "4", "'model.max_length' is none and holds no fields"),
     ("seed.x", "4", "'seed' is of type int and has no fields"),
-    ("mixture.2.path", "c", "no item '2' in a tuple of 2"),
+    ("mixture.1.path", "c", "'mixture' is of type tuple["),
+    ("reward.x", "1", "'reward' is of type str or function and has no fields"),
+    ("scores.short", "len", "a function cannot be set from the command line; set it in the experiment file"),
+    ("scores", "len", "cannot be set as a whole; set one of its keys"),
+    ("data", "Texts", "expected one of World, Text, Gzip, or a path to one of the fields below it"),
+    ("data.level", "3", "no field 'level' in World; give --config.data=Gzip before it"),
+    ("data.path", "b", "no field 'path' in World; give --config.data=Text or --config.data=Gzip before it"),
+    ("data.fact", "3", "no field 'fact' in World; did you mean 'facts'?"),
+    ("stages.text", "none", "no key 'text'; there is nothing"),
+    ("weights.a", "x", "expected float; for example --config.weights.a=3e-4"),
 ])
 def test_wrong_overrides_are_one_clear_line(path, raw, message):
     with pytest.raises(UserError) as caught:
@@ -157,8 +183,40 @@ def test_a_field_below_none_creates_the_optional_dataclass():
     assert changed.model.moe == MoE(num_experts=8, top_k=1)
 
 
-def test_items_of_tuples_have_numbers():
-    assert override(Experiment(), "mixture.1.path=c").mixture == (Text("a"), Text("c"))
+def test_a_class_by_its_name_with_its_defaults():
+    """Where an annotation leaves open which dataclass stands there, its name chooses one."""
+    assert override(Experiment(), "data=Text").data == Text()
+    assert override(Experiment(), "data=Gzip", "data.level=9", "data.path=b").data == Gzip("b", 9)
+    assert override(Experiment(data=Text("b")), "data=Text").data == Text()
+    assert override(Experiment(data=Gzip("b")), "data.level=1").data == Gzip("b", 1)
+    assert override(Experiment(), "model.moe=MoE").model.moe == MoE()
+    with pytest.raises(UserError, match="Lora cannot be made from its defaults .*; set 'model.lora' in the experiment file"):
+        override(Experiment(), "model.lora=Lora")
+
+
+def test_dicts_of_values_take_new_keys_and_none_takes_one_out():
+    weighed = override(Experiment(), "weights.a=2", "weights.b=0.5")
+    assert weighed.weights == {"a": 2.0, "b": 0.5} and type(weighed.weights["a"]) is float
+    assert override(weighed, "weights.a=none").weights == {"b": 0.5}
+    assert override(weighed, "weights=none").weights is None
+
+
+def test_a_key_of_a_dict_of_configs_may_stand_for_its_field():
+    one = override(STAGED, "text.path=b", "world.facts=3")
+    assert one.stages == {"text": Text("b"), "world": World(3)} and STAGED.stages["world"] == World()
+    assert override(STAGED, "stages.text.path=b", "stages.world.facts=3") == one
+    assert override(STAGED, "text=Gzip", "text.level=2").stages["text"] == Gzip(level=2)
+    assert list(override(STAGED, "text=none").stages) == ["world"]
+    assert override(STAGED, "stages.text=none") == override(STAGED, "text=none")
+    for path in ("txet.path=b", "stages.txet.path=b", "stages.txet=Text"):
+        with pytest.raises(UserError, match="did you mean 'text'"):
+            override(STAGED, path)
+
+
+def test_a_field_wins_over_a_key_of_the_same_name():
+    clash = Experiment(stages={"seed": World()})
+    assert override(clash, "seed=4").seed == 4
+    assert override(clash, "stages.seed.facts=4").stages["seed"] == World(4)
 
 
 def test_later_overrides_win():
@@ -194,6 +252,27 @@ def test_study_override_of_moe_leaves_the_dense_run_dense():
     assert changed.runs["sparse"].model.moe == MoE(top_k=1)
 
 
+def test_study_hands_on_what_only_some_experiments_know():
+    study = Study({"one": STAGED, "other": Experiment(stages={"text": Text("c")})})
+    changed = override(study, "world.facts=4", "text.path=d")
+    assert changed.runs["one"].stages == {"text": Text("d"), "world": World(4)}
+    assert changed.runs["other"].stages == {"text": Text("d")}
+    gone = override(study, "world=none")
+    assert [list(run.stages) for run in gone.runs.values()] == [["text"], ["text"]]
+    assert list(override(study, "other=none").runs) == ["one"]
+
+
+def test_without_shared_nothing_is_handed_on():
+    @dataclasses.dataclass(frozen=True)
+    class Folder:
+        runs: dict[str, Experiment]
+
+    folder = Folder({"a": Experiment()})
+    assert override(folder, "a.seed=1").runs["a"].seed == 1
+    with pytest.raises(UserError, match="no field 'seed' in Folder; there is runs, a"):
+        override(folder, "seed=1")
+
+
 @pytest.mark.parametrize(("path", "near"), [("tabel", "table"), ("dnse.seed", "dense"), ("sed", "seed")])
 def test_study_suggests_fields_keys_and_fields_of_experiments(path, near):
     with pytest.raises(UserError, match=f"did you mean '{near}'"):
@@ -207,11 +286,14 @@ def test_validate_prefixes_the_path():
     bad = Model(moe=MoE(top_k=9))
     with pytest.raises(UserError, match=r"^model\.moe: top_k=9 > num_experts=8; lower top_k$"):
         config_lib.validate(Experiment(model=bad))
-    with pytest.raises(UserError, match=r"^runs\.dense\.model\.moe: top_k=9"):
+    # A key stands in its dict's place, as on the command line.
+    with pytest.raises(UserError, match=r"^dense\.model\.moe: top_k=9"):
         config_lib.validate(Study({"dense": Experiment(model=bad)}))
     with pytest.raises(UserError, match=r"^MoE: top_k=9"):
         config_lib.validate(MoE(top_k=9))
     config_lib.validate(STUDY)
+    config_lib.validate(STAGED)
+    config_lib.validate(Experiment(reward=shorter, scores={"short": shorter}, weights={"a": 1}))
 
 
 @pytest.mark.parametrize(("bad", "message"), [
@@ -219,6 +301,10 @@ def test_validate_prefixes_the_path():
     (Experiment(seed=True), "seed=True: expected int, got bool"),
     (Experiment(model=Model(windows=[1])), "model.windows=[1]: expected tuple[int, ...], got list"),
     (Experiment(model=Model(norm="rsm")), "model.norm='rsm': expected one of rms, layer"),
+    (Experiment(data=MoE()), "data=MoE(num_experts=8, top_k=2): expected Source, got MoE"),
+    (Experiment(stages={"a": 3}), "stages={'a': 3}: expected dict[str, "),
+    (Experiment(weights={"a": "b"}), "weights={'a': 'b'}: expected dict[str, float] or none"),
+    (Experiment(reward=3), "reward=3: expected str or function"),
 ])
 def test_validate_checks_types(bad, message):
     with pytest.raises(UserError) as caught:
@@ -241,22 +327,76 @@ def test_validate_lets_bugs_through():
 
 FULL = Experiment(
     seed=3, data=Gzip(level=9),
-    model=Model(dropout=float("inf"), remat=Remat.FULL, windows=(1, 2), shape=(2, "y"), moe=MoE(4, 1), lora=Lora(2)),
+    model=Model(dropout=float("inf"), windows=(1, 2), shape=(2, "y"), moe=MoE(4, 1), lora=Lora(2)),
+    stages={"text": Gzip("b"), "world": World()}, weights={"a": 1.0, "b": float("inf")},
 )
 
 
-@pytest.mark.parametrize("config", [Experiment(), FULL, STUDY, Study({"a": FULL})])
-def test_json_round_trip(config):
-    text = config_lib.to_json(config)
-    json.loads(text, parse_constant=pytest.fail)  # strict JSON: no Infinity, no NaN
-    assert config_lib.from_json(type(config), text) == config
-    assert config_lib.from_dict(type(config), config_lib.to_dict(config)) == config
+@pytest.mark.parametrize("defaults", [True, False])
+@pytest.mark.parametrize("config", [Experiment(), FULL, STUDY, STAGED, Study({"a": FULL})])
+def test_json_round_trip(config, defaults):
+    text = config_lib.to_json(config, defaults)
+    data = json.loads(text, parse_constant=pytest.fail)  # strict JSON: no Infinity, no NaN
+    assert data == config_lib.to_dict(config, defaults)
+    assert config_lib.from_dict(type(config), data) == config
 
 
-def test_unions_and_subclasses_are_tagged_and_nothing_else():
+def test_where_the_class_is_open_it_is_tagged_and_nowhere_else():
     data = config_lib.to_dict(FULL)
     assert data["data"] == {"class": "Gzip", "path": "a.txt", "level": 9}
+    assert data["stages"]["world"] == {"class": "World", "facts": 10}
     assert "class" not in data and "class" not in data["model"] and "class" not in data["model"]["moe"]
+
+
+def test_defaults_may_be_left_out():
+    """So that a field that is added later changes neither the saved text nor its fingerprint."""
+    assert config_lib.to_dict(Experiment(), defaults=False) == {}
+    assert config_lib.to_dict(FULL, defaults=False) == {
+        "seed": 3,
+        "model": {"dropout": "inf", "windows": [1, 2], "shape": [2, "y"], "moe": {"num_experts": 4, "top_k": 1},
+                  "lora": {"rank": 2}},
+        "data": {"class": "Gzip", "level": 9},
+        "stages": {"text": {"class": "Gzip", "path": "b"}, "world": {"class": "World"}},
+        "weights": {"a": 1.0, "b": "inf"},
+    }  # fmt: skip
+
+
+def test_a_part_is_compared_with_what_its_owner_gives_it_and_so_it_is_read():
+    @dataclasses.dataclass(frozen=True)
+    class Owner:
+        moe: MoE = MoE(num_experts=4, top_k=1)
+
+    assert config_lib.to_dict(Owner(MoE(8, 1)), defaults=False) == {"moe": {"num_experts": 8}}
+    assert config_lib.to_dict(Owner(MoE(4, 2)), defaults=False) == {"moe": {"top_k": 2}}
+    assert config_lib.from_dict(Owner, {"moe": {"num_experts": 8}}) == Owner(MoE(8, 1))
+
+
+def test_functions_are_saved_by_module_and_name(tmp_path):
+    data = config_lib.to_dict(Experiment(reward=shorter, scores={"short": shorter}))
+    assert data["reward"] == f"{__name__}:shorter" and data["scores"] == {"short": f"{__name__}:shorter"}
+    body = (
+        "from typing import Any\n@dataclasses.dataclass(frozen=True)\nclass Scored:\n    reward: Any\n"
+        "def polite(answer):\n    return 1.0\ndef get_config():\n    return Scored(polite)\n"
+    )
+    one, other = (tmp_path / name for name in ("a", "b"))
+    for folder in (one, other):
+        folder.mkdir()
+    first, second = (config_lib.load_experiment(write(folder, body)) for folder in (one, other))
+    # Where the file lies is no part of the experiment.
+    assert config_lib.to_dict(first) == config_lib.to_dict(second) == {"reward": "exp:polite"}
+    assert config_lib.fingerprint(Experiment(reward=shorter)) != config_lib.fingerprint(Experiment())
+
+
+def test_a_function_with_options_is_a_config():
+    scored = Experiment(reward=Short(), scores={"short": Short(), "plain": shorter})
+    data = config_lib.to_dict(scored)
+    assert data["reward"] == data["scores"]["short"] == {"class": "Short", "most": 5}
+    assert config_lib.to_dict(Experiment(reward=Short()), defaults=False) == {"reward": {"class": "Short"}}
+    changed = override(scored, "scores.short.most=3", "reward.most=2")
+    assert (changed.scores["short"], changed.reward, changed.scores["plain"]) == (Short(3), Short(2), shorter)
+    assert override(scored, "scores.short=none").scores == {"plain": shorter}
+    assert override(Experiment(scores={"short": Short()}), "short.most=3").scores == {"short": Short(3)}
+    config_lib.validate(changed)
 
 
 def test_fields_that_are_not_saved_take_their_default():
@@ -269,19 +409,17 @@ def test_fields_that_are_not_saved_take_their_default():
     ({"seed": 1.5}, "seed=1.5: expected int"),
     ({"model": {"lora": {}}}, "model.lora: field 'rank' of Lora is missing"),
     ({"model": {"windows": [1, "b"]}}, "model.windows.1='b': expected int"),
-    ({"model": {"remat": "HALF"}}, "model.remat='HALF': expected one of NONE, FULL"),
+    ({"model": {"norm": "rsm"}}, "model.norm='rsm': expected one of rms, layer"),
     ({"data": {"class": "Wrld"}}, "data: unknown class 'Wrld'; did you mean 'World'?"),
+    ({"data": {"facts": 3}}, "data: unknown class None; did you mean 'World'?"),
+    ({"stages": {"a": {"class": "World", "fact": 3}}}, "stages.a: no field 'fact' in World; did you mean 'facts'?"),
+    ({"weights": {"a": "b"}}, "weights.a='b': expected float"),
     ({"model": 3}, "model=3: expected Model"),
 ])
 def test_from_dict_names_the_place(data, message):
     with pytest.raises(UserError) as caught:
         config_lib.from_dict(Experiment, data)
     assert str(caught.value).startswith(message)
-
-
-def test_from_json_says_which_line_is_broken():
-    with pytest.raises(UserError, match="line 2 is not JSON"):
-        config_lib.from_json(Experiment, '{"seed": 1,\n')
 
 
 def test_what_cannot_be_saved_is_a_bug():
@@ -299,26 +437,40 @@ def test_fingerprint_follows_content():
     assert config_lib.fingerprint(Experiment(model=Model(dropout=0))) == base  # 0 == 0.0, so the same experiment
     assert config_lib.fingerprint(Experiment(seed=1)) != base
     assert config_lib.fingerprint(Experiment(data=Text())) != base
+    assert config_lib.fingerprint(config_lib.to_dict(Experiment())) == base
 
 
 def test_diff_lists_leaves():
     other = override(Experiment(), "model.num_layers=8", "model.moe.top_k=1", "model.windows=1,2")
     assert config_lib.diff(Experiment(), other) == [
-        "model.num_layers: 2 -> 8", "model.windows: () -> 1,2", "model.moe: none -> MoE(num_experts=8, top_k=1)",
+        "model.num_layers: 2 -> 8", "model.windows: () -> 1,2", "model.moe: none -> {num_experts: 8, top_k: 1}",
     ]
     assert config_lib.diff(STUDY, STUDY) == []
     assert config_lib.diff(Study({"a": Experiment()}), Study({"a": Experiment(seed=1)})) == ["runs.a.seed: 0 -> 1"]
-    assert config_lib.diff(Study({}), Study({"a": Experiment()}))[0].startswith("runs.a: absent -> Experiment(seed=0")
-
-
-def test_describe_is_an_outline():
-    text = config_lib.describe(STUDY)
-    assert text.splitlines()[:6] == [
-        "Study", "  runs:", "    dense: Experiment", "      seed: 0", "      name: tiny", "      model: Model",
+    (added,) = config_lib.diff(Study({}), Study({"a": Experiment()}))
+    assert added.startswith("runs.a: absent -> {seed: 0, name: tiny, model: {num_layers: 2,")
+    (removed,) = config_lib.diff(STAGED, override(STAGED, "text=none"))
+    assert removed == "stages.text: {class: Text, path: a} -> absent"
+    (other,) = config_lib.diff(Experiment(), Experiment(data=Text("b")))
+    assert other == "data: {class: World, facts: 10} -> {class: Text, path: b}"
+    assert config_lib.diff(Experiment(model=Model(tied=True)), Experiment(model=Model(tied=1))) == [
+        "model.tied: true -> 1"
     ]
-    assert "        moe: none" in text.splitlines()
-    assert "          top_k: 2" in text.splitlines()
-    assert text.splitlines()[-1] == "  table: true"
+
+
+def test_diff_of_what_was_saved():
+    """A saved config may be of a class that has changed since: its dict is enough."""
+    old = config_lib.to_dict(Experiment())
+    del old["seed"]
+    old["model"]["depth"] = 1
+    assert config_lib.diff(old, Experiment()) == ["model.depth: 1 -> absent", "seed: absent -> 0"]
+
+
+def test_show_is_what_one_would_type():
+    values = [None, True, 3e-4, (1, 2), (), "x", {"a": 1, "b": None}, MoE(top_k=1), {"a": (World(),)}]
+    assert [config_lib.show(value) for value in values] == [
+        "none", "true", "0.0003", "1,2", "()", "x", "{a: 1, b: none}", "MoE(num_experts=8, top_k=1)", "{a: World(facts=10)}",
+    ]  # fmt: skip
 
 
 # ---- experiment files -------------------------------------------------------------------------------------------

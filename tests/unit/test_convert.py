@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import shutil
 
 import jax
 import ml_dtypes
@@ -11,24 +12,47 @@ import pytest
 import tiny
 from safetensors.numpy import load_file, save_file
 
-from llmjax import convert
+from llmjax.commands import convert
+from llmjax.config import to_dict
+from llmjax.data.tokenizer import Tokenizer, TokenizerConfig
 from llmjax.errors import UserError
+from llmjax.files import read_json, write_json_atomic
 from llmjax.interop.hf_config import family_of, hf_config, model_config
 from llmjax.interop.hf_folder import load_params, read_config, save_params
+from llmjax.interop.hf_tokenizer import read_tokenizer
 from llmjax.models.config import ModelConfig
+from llmjax.models.lora import LoRAConfig, merge
 from llmjax.models.presets import PRESETS
+from llmjax.results import Summary, write_summary
 from llmjax.sharding import MeshConfig, make_mesh
+from llmjax.training import checkpoint
 
-CFG = dataclasses.replace(tiny.SPARSE, layer_loop="auto", mlp_dim=12)
+CFG = dataclasses.replace(tiny.SPARSE, layer_loop="auto", mlp_dim=12, vocab_size=262)
+TOKENIZER = Tokenizer.train((), TokenizerConfig(kind="byte"))
+IDS = {"bos_token_id": 1, "eos_token_id": [1, 5], "pad_token_id": 0}
 
 
 @pytest.fixture(name="folder")
 def make_folder(tmp_path):
-    """A Mixtral of two layers in four shards, with a tokenizer file beside it."""
-    folder = str(tmp_path / "hf")
-    save_params(tiny.language_model(CFG), CFG, "mixtral", folder, shard_bytes=8_000)
-    with open(f"{folder}/tokenizer.json", "w") as file:
-        file.write("{}")
+    """A Mixtral of two layers in several shards, with a tokenizer of bytes beside it."""
+    TOKENIZER.save(tmp_path / "tokenizer")
+    files = [str(path) for path in (tmp_path / "tokenizer").iterdir()]
+    save_params(tiny.language_model(CFG), CFG, "mixtral", str(tmp_path / "hf"), shard_bytes=8_000, beside=files)
+    shutil.rmtree(tmp_path / "tokenizer")
+    return str(tmp_path / "hf")
+
+
+@pytest.fixture(name="stage")
+def make_stage(tmp_path):
+    """What a complete SFT stage with LoRA leaves in a run: the merged model, and the updates that are in it."""
+    lora, folder = LoRAConfig(rank=2), tmp_path / "run" / "sft"
+    TOKENIZER.save(tmp_path / "run" / "tokenizer")
+    base, updates = tiny.language_model(CFG), tiny.updates(CFG, lora)
+    checkpoint.save_params(str(folder / "params"), merge(base, updates, lora, CFG))
+    checkpoint.save_params(str(folder / "adapter"), updates)
+    about = {"kind": "language", "dtype": "float32", "model": to_dict(CFG), "lora": to_dict(lora), "source": None}
+    write_json_atomic(folder / "model.json", about)
+    write_summary(folder, Summary("sft"))
     return folder
 
 
@@ -55,9 +79,65 @@ def test_there_and_back_is_bit_identical(folder, tmp_path, capsys):
     assert first.keys() == second.keys() and len(shards(folder)) > 2
     for name, value in first.items():
         np.testing.assert_array_equal(value, second[name], strict=True)
-    assert os.path.exists(tmp_path / "back" / "tokenizer.json")
-    with open(f"{folder}/config.json") as one, open(tmp_path / "back" / "config.json") as other:
-        assert json.load(one) == json.load(other)
+    assert read_json(tmp_path / "back" / "config.json") == read_json(f"{folder}/config.json") | IDS
+    assert read_tokenizer(str(tmp_path / "back")).fingerprint() == TOKENIZER.fingerprint()
+
+
+def test_an_exported_folder_says_where_others_must_stop(stage, tmp_path):
+    """Its ids stand in config.json and generation_config.json; those that the model came with are left as they are."""
+    run(f"--source={stage}", f"--target={tmp_path}/out")
+    assert read_json(tmp_path / "out" / "generation_config.json") == IDS
+    assert IDS.items() <= read_json(tmp_path / "out" / "config.json").items()
+    own = {"temperature": 0.6, "eos_token_id": [5, 7]}
+    write_json_atomic(tmp_path / "out" / "generation_config.json", own)
+    run(f"--source={tmp_path}/out", f"--target={tmp_path}/ours")
+    run(f"--source={tmp_path}/ours", f"--target={tmp_path}/back")
+    assert read_json(tmp_path / "back" / "generation_config.json") == own
+    assert read_json(tmp_path / "back" / "config.json") == read_json(tmp_path / "out" / "config.json")
+
+
+def test_a_folder_without_a_tokenizer_can_be_converted(folder, tmp_path):
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        os.remove(f"{folder}/{name}")
+    run(f"--source={folder}", f"--target={tmp_path}/ours")
+    run(f"--source={tmp_path}/ours", f"--target={tmp_path}/back")
+    assert read_json(tmp_path / "back" / "config.json") == read_json(f"{folder}/config.json")
+    assert not (tmp_path / "back" / "generation_config.json").exists()
+
+
+def test_a_stage_and_its_adapter(stage, folder, tmp_path, capsys):
+    """The adapter, added to the base model, makes what the stage hands on; the run's config.json is not needed."""
+    run(f"--source={stage}", f"--target={tmp_path}/out")
+    run(f"--source={stage}", f"--target={tmp_path}/adapter", "--adapter_only")
+    run(f"--source={folder}", f"--lora={tmp_path}/adapter", f"--target={tmp_path}/merged")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == f"{tmp_path}/out: mixtral in Hugging Face format, float32"
+    assert lines[1] == f"{tmp_path}/adapter: PEFT adapter of rank 2 for mixtral"
+    merged, base = weights(tmp_path / "merged"), weights(folder)
+    for name, value in weights(tmp_path / "out").items():
+        np.testing.assert_allclose(merged[name], value, atol=1e-6, err_msg=name)
+    changed = {name for name, value in merged.items() if not np.array_equal(value, base[name])}
+    assert changed == {name for name in base if "_proj" in name or ".experts." in name}
+
+
+def test_stages_that_hold_nothing_to_convert(stage, folder, tmp_path):
+    refused = [
+        ({"kind": "scalar"}, (), "a scalar model, which gives numbers and no text"),
+        ({"lora": None}, ("--adapter_only",), "trained with LoRA, so it has no adapter"),
+    ]
+    whole = read_json(stage / "model.json")
+    for change, flags, words in refused:
+        about = {name: value for name, value in (whole | change).items() if value is not None}
+        write_json_atomic(stage / "model.json", about)
+        with pytest.raises(UserError, match=rf"--source={stage}: .*{words}"):
+            run(f"--source={stage}", f"--target={tmp_path}/x", *flags)
+    with pytest.raises(UserError, match=f"--source={folder}: .*so it has no adapter"):
+        run(f"--source={folder}", f"--target={tmp_path}/x", "--adapter_only")
+    write_json_atomic(stage / "model.json", whole)
+    os.remove(stage / "result.json")
+    with pytest.raises(UserError, match=f"--source={stage}: this stage is not complete"):
+        run(f"--source={stage}", f"--target={tmp_path}/x")
+    assert not (tmp_path / "x").exists()
 
 
 def test_bfloat16_on_the_way(folder, tmp_path):

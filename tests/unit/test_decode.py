@@ -16,7 +16,8 @@ PROMPT, NEW, PAD = 6, 8, 0
 LENGTHS = (6, 2, 4)
 SAMPLING = SamplingConfig(max_new_tokens=NEW, temperature=0.6)
 GREEDY = SamplingConfig(max_new_tokens=NEW, temperature=0.0)
-# `generate` itself, compiled once for all ends of turn.
+NEVER = (-1,)
+# `generate` itself, compiled once for all ids that stop.
 generate_any_end = tiny.jit(generate.__wrapped__, static_argnames=("cfg", "sampling"))
 
 
@@ -28,15 +29,16 @@ def prompts(cfg, seed: int = 0):
 
 def likeliest_end(cfg, params) -> int:
     """A token that ends some rows early: the most frequent one of an endless generation."""
-    free = run(params, cfg, end_id=-1)
+    free = run(params, cfg)
     return int(np.bincount(np.asarray(free.tokens).ravel()).argmax())
 
 
-def run(params, cfg, end_id, sampling=SAMPLING, rows=slice(None), seed: int = 0):
+def run(params, cfg, stop_ids=NEVER, sampling=SAMPLING, rows=slice(None), seed: int = 0):
     tokens, segments = prompts(cfg)
     keys = jax.random.split(jax.random.key(seed), len(LENGTHS))[rows]
     inputs = jnp.asarray(tokens[rows]), jnp.asarray(segments[rows]), keys
-    return generate_any_end(params, *inputs, cfg=cfg, sampling=sampling, end_id=jnp.int32(end_id), pad_id=PAD)
+    stop_ids = tuple(map(jnp.int32, stop_ids))
+    return generate_any_end(params, *inputs, cfg=cfg, sampling=sampling, stop_ids=stop_ids, pad_id=PAD)
 
 
 def full_logits(params, cfg, generation):
@@ -65,7 +67,7 @@ def test_invariant_12_every_cached_step_equals_the_full_forward_pass(cfg):
 @both
 def test_greedy_is_the_argmax_of_repeated_full_forward_passes(cfg):
     params, (tokens, segments) = tiny.language_model(cfg), prompts(cfg)
-    got = run(params, cfg, end_id=-1, sampling=GREEDY)
+    got = run(params, cfg, sampling=GREEDY)
     width = PROMPT + NEW
     text = np.pad(tokens, ((0, 0), (0, NEW)))
     for t in range(PROMPT, width):
@@ -78,7 +80,7 @@ def test_greedy_is_the_argmax_of_repeated_full_forward_passes(cfg):
 @both
 def test_log_probs_are_those_of_the_full_forward_pass_at_the_temperature(cfg):
     params = tiny.language_model(cfg)
-    got = run(params, cfg, end_id=likeliest_end(cfg, params))
+    got = run(params, cfg, stop_ids=(likeliest_end(cfg, params),))
     log_probs = np.asarray(jax.nn.log_softmax(full_logits(params, cfg, got) / SAMPLING.temperature, axis=-1))
     expected = np.take_along_axis(log_probs, np.asarray(got.tokens)[..., None], axis=-1)[..., 0] * got.mask
     np.testing.assert_allclose(got.log_probs, expected, atol=1e-5)
@@ -87,12 +89,12 @@ def test_log_probs_are_those_of_the_full_forward_pass_at_the_temperature(cfg):
 @both
 def test_a_row_depends_on_its_own_prompt_and_key_only(cfg):
     params = tiny.language_model(cfg)
-    together = run(params, cfg, end_id=-1)
+    together = run(params, cfg)
     for row in range(len(LENGTHS)):
-        alone = run(params, cfg, end_id=-1, rows=slice(row, row + 1))
+        alone = run(params, cfg, rows=slice(row, row + 1))
         np.testing.assert_array_equal(alone.tokens[0], together.tokens[row])
         np.testing.assert_allclose(alone.log_probs[0], together.log_probs[row], atol=1e-5)
-    other_keys = run(params, cfg, end_id=-1, seed=1)
+    other_keys = run(params, cfg, seed=1)
     assert np.any(other_keys.tokens != together.tokens, axis=1).all()
 
 
@@ -100,7 +102,7 @@ def test_a_row_depends_on_its_own_prompt_and_key_only(cfg):
 def test_a_row_stops_at_its_end_of_turn(cfg):
     params = tiny.language_model(cfg)
     end_id = likeliest_end(cfg, params)
-    free, got = run(params, cfg, end_id=-1), run(params, cfg, end_id=end_id)
+    free, got = run(params, cfg), run(params, cfg, stop_ids=(end_id,))
     assert np.sum(got.ended) > 0
     for row in range(len(LENGTHS)):
         places = np.flatnonzero(np.asarray(free.tokens[row]) == end_id)
@@ -112,15 +114,36 @@ def test_a_row_stops_at_its_end_of_turn(cfg):
         np.testing.assert_array_equal(got.log_probs[row, length:], 0)
 
 
+def own_ids(free) -> list[int]:
+    """For each row a token that it says, not at once, and no other row does."""
+    rows = [list(map(int, row)) for row in np.asarray(free.tokens)]
+    others = [{token for other in rows if other is not row for token in other} for row in rows]
+    return [next(token for token in row[1:] if token not in said | {row[0]}) for row, said in zip(rows, others)]
+
+
+def test_any_of_several_ids_ends_a_row():
+    cfg = tiny.DENSE
+    params = tiny.language_model(cfg)
+    free = run(params, cfg)
+    ids = own_ids(free)
+    for stop_ids in (ids, ids[::-1], [cfg.vocab_size, *ids], ids[:2]):
+        got = run(params, cfg, stop_ids)
+        np.testing.assert_array_equal(got.ended, [one in stop_ids for one in ids])
+        for row, own in enumerate(ids):
+            length = np.flatnonzero(free.tokens[row] == own)[0] + 1 if own in stop_ids else NEW
+            np.testing.assert_array_equal(got.mask[row], np.arange(NEW) < length)
+            np.testing.assert_array_equal(got.tokens[row], np.where(np.arange(NEW) < length, free.tokens[row], PAD))
+
+
 def test_stream_is_generate():
     cfg = tiny.SPARSE
     params, (tokens, segments) = tiny.language_model(cfg), prompts(cfg)
-    greedy = run(params, cfg, end_id=-1, sampling=GREEDY)
+    greedy = run(params, cfg, sampling=GREEDY)
     end_id = int(greedy.tokens[0, 3])  # the first row may end even earlier
-    expected = run(params, cfg, end_id=end_id, sampling=GREEDY)
+    expected = run(params, cfg, stop_ids=(end_id,), sampling=GREEDY)
     for row in (0, 1):
         prompt = [int(token) for token, real in zip(tokens[row], segments[row]) if real]
-        got = list(stream(params, prompt, jax.random.key(0), cfg=cfg, sampling=GREEDY, end_id=end_id))
+        got = list(stream(params, prompt, jax.random.key(0), cfg=cfg, sampling=GREEDY, stop_ids=(end_id,)))
         length = int(expected.mask[row].sum()) - int(expected.ended[row])
         assert got == expected.tokens[row, :length].tolist()
 
@@ -128,9 +151,11 @@ def test_stream_is_generate():
 def test_generate_as_it_is_compiled_gives_the_same():
     cfg = tiny.DENSE
     params, (tokens, segments) = tiny.language_model(cfg), prompts(cfg)
-    expected = run(params, cfg, end_id=3)
+    stop_ids = tuple(own_ids(run(params, cfg))[:2])
+    expected = run(params, cfg, stop_ids)
     keys = jax.random.split(jax.random.key(0), len(LENGTHS))
-    got = generate(params, tokens, segments, keys, cfg=cfg, sampling=SAMPLING, end_id=3, pad_id=PAD)
+    got = generate(params, tokens, segments, keys, cfg=cfg, sampling=SAMPLING, stop_ids=stop_ids, pad_id=PAD)
+    assert np.sum(got.ended) == 2
     np.testing.assert_array_equal(got.tokens, expected.tokens)
     np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=1e-5)
 
@@ -138,7 +163,10 @@ def test_generate_as_it_is_compiled_gives_the_same():
 def test_stream_draws_what_generate_draws_from_the_same_key():
     cfg = tiny.DENSE
     params, (tokens, _) = tiny.language_model(cfg), prompts(cfg)
-    expected = run(params, cfg, end_id=-1)
+    expected = run(params, cfg)
     key = jax.random.split(jax.random.key(0), len(LENGTHS))[0]
-    got = list(stream(params, tokens[0].tolist(), key, cfg=cfg, sampling=SAMPLING, end_id=-1))
-    assert got == expected.tokens[0].tolist()
+    say = partial(stream, params, tokens[0].tolist(), key, cfg=cfg, sampling=SAMPLING)
+    said = expected.tokens[0].tolist()
+    assert list(say(stop_ids=())) == said
+    late, early = said[5], said[2]  # whichever comes first ends it, and is not said
+    assert list(say(stop_ids=(late, early))) == said[: min(said.index(late), said.index(early))]

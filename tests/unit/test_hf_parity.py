@@ -17,6 +17,7 @@ from llmjax.objectives.lm import lm_loss
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.parity
 TOLERANCE = 2e-4
 
 

@@ -6,10 +6,10 @@ from launch.local import commands, run
 
 
 def test_one_command_per_seed_with_overrides_handed_on():
-    made = commands("e.py:moe", ["0", "7"], "runs/x", [("ppo.kl_coef", "0.1")])
+    made = commands("e.py:moe", ["0", "7"], "runs/x", [("ppo.algorithm.kl_coef", "0.1")])
     assert made == [
-        [sys.executable, "-m", "llmjax.main", "--config=e.py:moe", "--config.ppo.kl_coef=0.1", f"--config.seed={seed}",
-         f"--workdir=runs/x/seed-{seed}"]
+        [sys.executable, "-m", "llmjax", "--config=e.py:moe", "--config.ppo.algorithm.kl_coef=0.1",
+         f"--config.seed={seed}", f"--workdir=runs/x/seed-{seed}"]
         for seed in (0, 7)
     ]  # fmt: skip
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import tiny
 
+from llmjax.generation.score import token_log_probs
 from llmjax.models.moe import router_loss
 from llmjax.objectives import lm
-from llmjax.objectives.lm import cross_entropy_sum, fused_cross_entropy, lm_loss, token_log_probs
+from llmjax.objectives.lm import cross_entropy_sum, fused_cross_entropy, lm_loss
 
 M, D, V = 24, 6, 11
 both = pytest.mark.parametrize("cfg", tiny.MODELS.values(), ids=tiny.MODELS.keys())

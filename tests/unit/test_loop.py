@@ -12,6 +12,7 @@ import tiny
 from llmjax.errors import UserError
 from llmjax.models.transformer import transformer_spec
 from llmjax.objectives.lm import lm_loss
+from llmjax.training import loop as loop_module
 from llmjax.training.checkpoint import Checkpoints
 from llmjax.training.loop import Hook, Loop, train
 from llmjax.training.metrics import MetricsLog, read_rows
@@ -36,8 +37,8 @@ def batches(make, stop_at: int | None = None):
     return grain.MapDataset.range(1000).map(read)
 
 
-def run(folder, state, abstract, step_fn, source, **fields):
-    """`train` in `folder`, as a fresh process would."""
+def run(folder, start, abstract, step_fn, source, **fields):
+    """`train` in `folder`, as a fresh process would. start: makes the first state."""
     metrics = MetricsLog(os.path.join(folder, "metrics.jsonl"))
     checkpoints = Checkpoints(os.path.join(folder, "checkpoints"))
     loop = Loop(
@@ -45,7 +46,7 @@ def run(folder, state, abstract, step_fn, source, **fields):
         **dict(num_steps=NUM_STEPS, checkpoint_seconds=0.0) | fields,
     )  # fmt: skip
     try:
-        return train(loop, state, abstract, step_fn, source)
+        return train(loop, start, abstract, step_fn, source)
     finally:
         checkpoints.close()
         metrics.close()
@@ -81,16 +82,16 @@ def test_a_run_that_was_cut_off_ends_bit_for_bit_like_one_that_was_not(real, tmp
     start, abstract, step_fn, make = real
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     os.mkdir(whole), os.mkdir(cut)
-    expected = run(whole, start(), abstract, step_fn, batches(make), checkpoint_seconds=1e9)
+    expected = run(whole, start, abstract, step_fn, batches(make), checkpoint_seconds=1e9)
     with pytest.raises(Stopped):
-        run(cut, start(), abstract, step_fn, batches(make, stop_at))
+        run(cut, start, abstract, step_fn, batches(make, stop_at))
     restarted = []
 
     def counted(state, *args):
         restarted.append(int(state.step))
         return step_fn(state, *args)
 
-    got = run(cut, start(), abstract, counted, batches(make))
+    got = run(cut, start, abstract, counted, batches(make))
     assert restarted == list(range(stop_at, NUM_STEPS))
     tiny.assert_trees_equal(got, expected)
     assert rows_of(cut) == rows_of(whole)
@@ -99,9 +100,9 @@ def test_a_run_that_was_cut_off_ends_bit_for_bit_like_one_that_was_not(real, tmp
 
 def test_a_complete_run_that_is_started_again_does_nothing_wrong(real, tmp_path):
     start, abstract, step_fn, make = real
-    expected = run(tmp_path, start(), abstract, step_fn, batches(make))
+    expected = run(tmp_path, start, abstract, step_fn, batches(make))
     rows = rows_of(tmp_path)
-    tiny.assert_trees_equal(run(tmp_path, start(), abstract, step_fn, batches(make)), expected)
+    tiny.assert_trees_equal(run(tmp_path, start, abstract, step_fn, batches(make)), expected)
     assert rows_of(tmp_path) == rows
 
 
@@ -109,7 +110,7 @@ def test_a_complete_run_that_is_started_again_does_nothing_wrong(real, tmp_path)
 
 
 def counter(losses=None, poison_at: int | None = None):
-    """(state, abstract, step_fn, seen): a step adds 1 to the only parameter; its loss is losses[step], or the step."""
+    """(start, abstract, step_fn, seen): a step adds 1 to the only parameter; its loss is losses[step], or the step."""
     state = TrainState(jnp.int32(0), {"w": jnp.zeros(2)}, ())
     place = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), state)
@@ -122,7 +123,7 @@ def counter(losses=None, poison_at: int | None = None):
         metrics = {"loss": jnp.float32(step if losses is None else losses[step])}
         return TrainState(state.step + 1, {"w": w}, ()), metrics | {"grad_norm": jnp.sum(w)}
 
-    return state, abstract, step_fn, seen
+    return lambda: state, abstract, step_fn, seen
 
 
 def numbers(step):
@@ -130,40 +131,82 @@ def numbers(step):
 
 
 def test_step_s_sees_batch_s_and_the_key_folded_with_s(tmp_path):
-    state, abstract, step_fn, seen = counter()
-    run(tmp_path, state, abstract, step_fn, batches(numbers))
+    start, abstract, step_fn, seen = counter()
+    run(tmp_path, start, abstract, step_fn, batches(numbers))
     key = jax.random.key(7)
     assert seen == [([s], jax.random.key_data(jax.random.fold_in(key, s)).tolist()) for s in range(NUM_STEPS)]
 
 
 def test_rows_are_written_every_log_every_steps_and_after_the_last(tmp_path):
-    state, abstract, step_fn, _ = counter()
-    run(tmp_path, state, abstract, step_fn, batches(numbers), log_every=3)
+    start, abstract, step_fn, _ = counter()
+    run(tmp_path, start, abstract, step_fn, batches(numbers), log_every=3)
     assert [(row["step"], row["kind"], row["loss"]) for row in rows_of(tmp_path)] == [
         (3, "train", 2.0), (6, "train", 5.0), (7, "train", 6.0)
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("long_step", "behind"), [(0.0, 0), (1e9, 1)])
+def test_long_steps_on_cpu_are_waited_for_one_by_one(tmp_path, monkeypatch, long_step, behind):
+    """Each one that has been dispatched holds its temporaries; short ones are dispatched ahead."""
+    monkeypatch.setattr(loop_module, "LONG_STEP_SECONDS", long_step)
+    start, abstract, step_fn, _ = counter()
+    written = []
+
+    def watched(state, batch, key):
+        written.append(len(rows_of(tmp_path)))
+        return step_fn(state, batch, key)
+
+    run(tmp_path, start, abstract, watched, batches(numbers), checkpoint_seconds=1e9)
+    assert written[3:] == [step - behind for step in range(3, NUM_STEPS)]
+
+
 def test_hooks_come_on_time_and_see_the_state_after_the_step(tmp_path):
-    state, abstract, step_fn, _ = counter()
+    start, abstract, step_fn, _ = counter()
     called = []
 
     def hook(step, state):
         called.append((step, int(state.step), float(state.params["w"][0])))
         return {"held_out": 2.0 * step} if step != 6 else None
 
-    run(tmp_path, state, abstract, step_fn, batches(numbers), hooks=[Hook(3, hook)])
+    run(tmp_path, start, abstract, step_fn, batches(numbers), hooks=[Hook(3, hook)])
     assert called == [(3, 3, 3.0), (6, 6, 6.0), (7, 7, 7.0)]
     rows = [(row["step"], row["kind"]) for row in rows_of(tmp_path)]
     assert rows == [(1, "train"), (2, "train"), (3, "train"), (3, "eval"), (4, "train"), (5, "train"), (6, "train"),
                     (7, "train"), (7, "eval")]  # fmt: skip
 
 
+def test_the_first_state_is_made_only_where_there_is_no_checkpoint(tmp_path):
+    """A resumed run needs no weights to start from."""
+    start, abstract, step_fn, _ = counter()
+    with pytest.raises(Stopped):
+        run(tmp_path, start, abstract, step_fn, batches(numbers, stop_at=4))
+
+    def made():
+        pytest.fail("a state was made although there is a checkpoint")
+
+    state = run(tmp_path, made, abstract, step_fn, batches(numbers))
+    assert int(state.step) == NUM_STEPS and state.params["w"].tolist() == [NUM_STEPS] * 2
+
+
+def test_arrays_are_logged_at_evaluations_and_at_the_last_step_alone(tmp_path):
+    start, abstract, step_fn, _ = counter()
+
+    def with_loads(state, batch, key):
+        state, metrics = step_fn(state, batch, key)
+        return state, metrics | {"load": 10 * state.step + jnp.arange(4).reshape(2, 2)}
+
+    run(tmp_path, start, abstract, with_loads, batches(numbers), hooks=[Hook(3, lambda step, state: None)])
+    found = {row["step"]: [row[f"load/{i}/{j}"] for i in (0, 1) for j in (0, 1)]
+             for row in rows_of(tmp_path) if "load/0/0" in row}  # fmt: skip
+    assert found == {step: [10.0 * step + i for i in range(4)] for step in (3, 6, NUM_STEPS)}
+    assert all("load" not in row and "loss" in row for row in rows_of(tmp_path))
+
+
 def test_throughput_is_logged_only_when_asked_for(tmp_path):
-    state, abstract, step_fn, _ = counter()
+    start, abstract, step_fn, _ = counter()
     for name, fields in (("without", {}), ("with", dict(tokens_per_step=100))):
         (tmp_path / name).mkdir()
-        run(tmp_path / name, state, abstract, step_fn, batches(numbers), **fields)
+        run(tmp_path / name, start, abstract, step_fn, batches(numbers), **fields)
         rates = [row.get("tokens_per_second") for row in rows_of(tmp_path / name)]
         assert rates[0] is None  # mostly compilation
         assert all((rate is not None and rate > 0) == bool(fields) for rate in rates[1:])
@@ -171,9 +214,9 @@ def test_throughput_is_logged_only_when_asked_for(tmp_path):
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, loss):
-    state, abstract, step_fn, _ = counter(losses=[1.0, 2.0, loss, 3.0, 4.0, 5.0, 6.0])
+    start, abstract, step_fn, _ = counter(losses=[1.0, 2.0, loss, 3.0, 4.0, 5.0, 6.0])
     with pytest.raises(UserError, match=rf"sft: the loss is {loss} at step 3; lower the learning rate") as error:
-        run(tmp_path, state, abstract, step_fn, batches(numbers))
+        run(tmp_path, start, abstract, step_fn, batches(numbers))
     assert "\n" not in str(error.value)
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
     checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
@@ -183,9 +226,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, loss):
 
 def test_the_checkpoint_that_is_kept_after_a_gradient_that_is_not_finite_is_a_good_one(tmp_path):
     """The loss of step 4 is finite, its gradient is not; only the loss of step 5 shows it."""
-    state, abstract, step_fn, _ = counter(losses=[1.0, 1.0, 1.0, 1.0, np.nan, np.nan, np.nan], poison_at=3)
+    start, abstract, step_fn, _ = counter(losses=[1.0, 1.0, 1.0, 1.0, np.nan, np.nan, np.nan], poison_at=3)
     with pytest.raises(UserError):
-        run(tmp_path, state, abstract, step_fn, batches(numbers))
+        run(tmp_path, start, abstract, step_fn, batches(numbers))
     checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
     kept = checkpoints.restore(abstract)
     checkpoints.close()

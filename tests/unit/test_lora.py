@@ -5,7 +5,6 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import tiny
 
@@ -13,9 +12,11 @@ from llmjax.errors import UserError
 from llmjax.models.config import MLAConfig
 from llmjax.models.linear import LowRank
 from llmjax.models.lora import LoRAConfig, adapt, lora_spec, merge
-from llmjax.models.spec import init_params, num_params
+from llmjax.models.spec import abstract_params, init_params, num_params
+from llmjax.models.transformer import transformer_spec
 from llmjax.objectives.lm import lm_loss
-from llmjax.training.state import abstract_state, init_state, make_train_step
+from llmjax.training.optimizer import OptimizerConfig
+from llmjax.training.program import language_batch, train_program
 
 LORA = LoRAConfig(rank=3, alpha=6.0)
 MLA = MLAConfig(kv_lora_rank=12, q_lora_rank=10, nope_dim=8, rope_dim=4, v_dim=6)
@@ -68,13 +69,16 @@ def test_the_sum_by_hand():
 @pytest.mark.parametrize("name", MODELS)
 def test_training_starts_from_the_model_and_leaves_it_alone(name):
     cfg = MODELS[name]
-    base, specs, tx = tiny.language_model(cfg), lora_spec(cfg, LORA), optax.adam(0.02)
+    base, specs = tiny.language_model(cfg), lora_spec(cfg, LORA)
     updates = init_params(specs, jax.random.key(0))
     text = tiny.tokens(cfg, 2, 12)
     np.testing.assert_array_equal(tiny.logits(adapt(base, updates, LORA), text, cfg), tiny.logits(base, text, cfg))
-    abstract = abstract_state(specs, tx, None)
-    state = init_state(updates, tx, abstract)
-    step = make_train_step(lambda p, b, key, base: lm_loss(adapt(base, p, LORA), b, key, cfg), tx, abstract)
+    optimizer = OptimizerConfig(learning_rate=0.02, warmup_steps=0, schedule="constant", weight_decay=0.0, grad_clip=0.0)
+    program = train_program(
+        lambda p, b, key, base: lm_loss(adapt(base, p, LORA), b, key, cfg), specs, optimizer, 8, language_batch(4, 16, None),
+        None, tokens=64, flops_per_token=0.0, frozen=(abstract_params(transformer_spec(cfg), None),),
+    )  # fmt: skip
+    step, state = tiny.compiled(program).fn, program.init(updates)
     before = jax.tree.map(np.array, base)
     losses = []
     for _ in range(8):

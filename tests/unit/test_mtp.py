@@ -48,7 +48,7 @@ def test_loss_is_the_mean_over_modules_within_documents():
                     nats, tokens = nats - log_probs[row, t, batch["targets"][row, t + module + 1]], tokens + 1
         losses.append(nats / tokens)
         known = np.roll(known, -1, axis=1)
-    loss, metrics = lm_loss(params, batch, None, cfg)
+    loss, metrics = tiny.jit(lm_loss, static_argnums=3)(params, batch, None, cfg)
     np.testing.assert_allclose(metrics["mtp_loss"], np.mean(losses), rtol=1e-5)
     np.testing.assert_allclose(loss, metrics["loss"] + 0.3 * metrics["mtp_loss"], rtol=1e-6)
 
@@ -72,9 +72,9 @@ def test_no_module_sees_what_it_predicts():
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_trained_and_counted(name):
     cfg, batch = MODELS[name], tiny.lm_batch(MODELS[name], 2, 12)
-    _, (grads,) = tiny.value_and_grads(lambda p: lm_loss(p, batch, None, cfg)[0], tiny.language_model(cfg))
+    loss_and_grads = tiny.jit(jax.value_and_grad(lm_loss, has_aux=True), static_argnums=3)
+    (_, metrics), grads = loss_and_grads(tiny.language_model(cfg), batch, None, cfg)
     assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads.mtp))
-    _, metrics = lm_loss(tiny.language_model(cfg), batch, None, cfg)
     assert name != "moe" or metrics["moe/load"].shape == (4, 4)  # the routers of two layers and two modules
     block = (total_params(dataclasses.replace(cfg, num_layers=4)) - total_params(dataclasses.replace(cfg, num_layers=2))) // 2
     assert total_params(cfg) - total_params(without(cfg)) == 2 * (block + 2 * 16 * 16 + 3 * 16)
@@ -84,6 +84,7 @@ def test_it_is_trained_and_counted(name):
     assert active_params(cfg) > active_params(without(cfg))
 
 
+@pytest.mark.parity
 def test_against_the_peers_blocks_and_through_a_folder(tmp_path):
     """Published folders hold the module as one more layer; here it is a layer of a DeepSeek-V3 of transformers."""
     peers = pytest.importorskip("peers")
@@ -108,11 +109,15 @@ def test_against_the_peers_blocks_and_through_a_folder(tmp_path):
     text = tiny.tokens(cfg, 2, 13)
     inputs, known = text[:, :-1], text[:, 1:]
     places = np.broadcast_to(np.arange(12, dtype=np.int32), inputs.shape)
-    ours, _, _ = hidden_states(params, inputs, cfg)
-    ours, _ = mtp_hidden_states(
-        params, 0, ours, known, cfg, positions_BT=places, segment_ids_BT=np.ones_like(inputs)
-    )  # fmt: skip
-    ours = np.asarray(jnp.einsum("btd,vd->btv", ours, params.head))
+
+    @tiny.jit
+    def predict(params):
+        hidden, _, _ = hidden_states(params, inputs, cfg)
+        rows = dict(positions_BT=places, segment_ids_BT=np.ones_like(inputs))
+        hidden, _ = mtp_hidden_states(params, 0, hidden, known, cfg, **rows)
+        return jnp.einsum("btd,vd->btv", hidden, params.head)
+
+    ours = np.asarray(predict(params))
 
     def norm(x, name):
         x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + cfg.norm_eps)
@@ -140,6 +145,7 @@ def test_against_the_peers_blocks_and_through_a_folder(tmp_path):
     assert json.loads((tmp_path / "out" / "config.json").read_text())["num_nextn_predict_layers"] == 1
 
 
+@pytest.mark.parity
 def test_a_folder_that_names_modules_which_it_does_not_hold(tmp_path):
     peers = pytest.importorskip("peers")
     peers.save("deepseek_v3", str(tmp_path / "hf"))

@@ -20,6 +20,7 @@ peft = pytest.importorskip("peft")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
+pytestmark = pytest.mark.parity
 FAMILIES = ("llama3", "gemma3", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 LORA = LoRAConfig(rank=3, alpha=6.0)
 TOLERANCE = 2e-4

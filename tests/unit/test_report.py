@@ -11,10 +11,13 @@ import sys
 import pytest
 import rich.console
 
-from llmjax.analysis import plots, report, runs, tables, units
+from llmjax import units
 from llmjax.errors import UserError
+from llmjax.report import plots, read, render, sections, tables
+from llmjax.results import Bars, Curve, Figure, HeatMap, Metric, Panel, Sample, Summary, Table, write_summary
 
-STAGES = ("pretrain", "sft", "reward", "ppo")
+# Names and titles of stages, which the report knows from their summaries alone.
+STAGES = {"pretrain": "Pre-training", "sft": "SFT", "reward": "Reward model", "polish": "Polishing"}
 SCRIPT = "<script>alert('x')</script> & $a_1$ \u00e9"
 VOID = {"meta", "br", "hr", "img", "link", "input"}
 
@@ -24,11 +27,10 @@ def records(stage, moe=False, steps=40, level=0.0):
     for step in range(0, steps, 1):
         t = step / (steps - 1)
         base = {"stage": stage, "step": step, "kind": "train"}
-        if stage == "ppo":
+        if stage == "polish":
             yield base | {
-                "reward": 2 * t + 0.2 * math.sin(step), "gold": 0.55 + 0.2 * t + level, "kl": 9 * t * t,
-                "ratio_max": 1.2, "clip_fraction": 0.08 * t, "entropy": 1.1, "value_loss": 0.2,
-                "explained_variance": 0.8 * t, "response_length": 21.0, "tokens_per_second": 4000.0,
+                "loss": 0.3, "reward": 2 * t + 0.2 * math.sin(step), "gold": 0.55 + 0.2 * t + level, "kl": 9 * t * t,
+                "clip_fraction": 0.08 * t, "explained_variance": 0.8 * t, "tokens_per_second": 4000.0,
             }
             continue
         record = base | {
@@ -37,7 +39,8 @@ def records(stage, moe=False, steps=40, level=0.0):
         }
         record |= {"accuracy": 0.5 + 0.35 * t} if stage == "reward" else {}
         if moe:
-            record |= {"moe/load_balance": 1.02, "moe/z_loss": 0.1, "moe/entropy": 1.8, "moe/max_load": 0.2}
+            record |= {"moe/entropy": 1.8, "moe/max_load": 1.6, "moe/dropped": 0.0}
+        if moe and step % 8 == 7:
             record |= {f"moe/load/{i}/{j}": (1 + (1 - t) * math.sin(3 * j + i)) / 8 for i in range(4) for j in range(8)}
         yield record
         if step % 8 == 7:
@@ -49,35 +52,92 @@ def records(stage, moe=False, steps=40, level=0.0):
             yield base | {"kind": "eval", "loss": 1.4 * bits} | extra.get(stage, {})
 
 
-FINAL = {
-    "pretrain": {"loss": 1.31, "perplexity": 3.7, "bits_per_byte": 1.123, "ngram5_bits_per_byte": 1.61,
-                 "num_params": 1_230_000, "num_active_params": 1_230_000},
-    "sft": {"loss": 0.42, "instruction_following_before": 0.07, "instruction_following_after": 0.93},
-    "reward": {"loss": 0.3, "accuracy": 0.841, "noise_ceiling": 0.885},
-    "ppo": {},
-}
-TABLE = [
-    {"model": "base", "gold": 0.11, "gold_stderr": 0.01, "correct": 0.04, "instruction_following": 0.07, "kl": None},
-    {"model": "sft", "gold": 0.55, "gold_stderr": 0.015, "correct": 0.51, "instruction_following": 0.93, "kl": 0.0},
-    {"model": "ppo", "gold": 0.72, "gold_stderr": 0.02, "correct": 0.63, "instruction_following": 0.98, "kl": 8.7},
-]
+def one(metric, unit, kind="train", **fields):
+    """A panel of one curve."""
+    return Panel(unit, (Curve(metric, kind),), **fields)
 
 
-def make_workdir(folder, stages=STAGES, moe=False, level=0.0):
+def loss(unit):
+    return Figure("Loss", (Panel(unit, (Curve("loss", label="training"), Curve("loss", "eval", "held out"))),))
+
+
+SPEED = Figure("Throughput", (one("tokens_per_second", "tokens/s", from_zero=True),))
+EXPERTS = (
+    HeatMap("Expert load", "moe/load", "train", "layer", "expert", "Share of the tokens."),
+    Figure("Busiest expert", (one("moe/max_load", "multiple of uniform", from_zero=True),)),
+    Figure("Choices dropped", (one("moe/dropped", "% of choices", from_zero=True),)),  # all zero: not drawn
+    Figure("Routing change", (one("moe/routing_change", "% of choices", "eval"),)),  # no values: not drawn
+)
+FIGURES = {
+    "pretrain": (
+        Figure("Held-out text", (one("bits_per_byte", "bits per byte", "eval", lines=(("5-gram baseline", 1.61),)),), SCRIPT),
+        loss("nats per token"), SPEED,
+    ),
+    "sft": (
+        loss("nats per answer token"), SPEED,
+        Bars("Follows instructions", "% of held-out prompts", (("before SFT", 0.07), ("after SFT", 0.93))),
+    ),
+    "reward": (
+        Figure("Ranking accuracy", (Panel("% of pairs", (Curve("accuracy", label="training"),
+               Curve("accuracy", "eval", "held out")), (("chance", 0.5), ("noise ceiling", 0.885))),)),
+        loss("nats per pair"),
+    ),
+    "polish": (
+        Figure("Reward", (one("reward", "reward"), one("gold", "Gold")), "What is watched."),
+        Figure("KL from sft", (one("kl", "nats per answer"),)),
+        Figure("Update", (one("clip_fraction", "% of tokens clipped"),), compare=False),
+    ),
+}  # fmt: skip
+METRICS = {
+    "pretrain": (
+        Metric("bits_per_byte", 1.123, "Held-out text", "bits/byte", baseline=("5-gram baseline", 1.61), headline=True),
+        Metric("loss", 1.31, "Held-out loss", "nats/token"), Metric("perplexity", 3.7),
+        Metric("num_params", 1.23e6, "Parameters", "parameters"),
+        Metric("num_active_params", 1.23e6, "Active per token", "parameters"),
+        Metric("ngram5_bits_per_byte", 1.61, "5-gram baseline", "bits/byte"),
+    ),
+    "sft": (
+        Metric("loss", 0.42, "Held-out loss", "nats/token"),
+        Metric("followed", 0.93, "Follows instructions", "%", 0.016, ("before", 0.07), True),
+    ),
+    "reward": (
+        Metric("accuracy", 0.841, "Held-out accuracy", "% of pairs", 0.012, ("noise ceiling", 0.885), True),
+        Metric("noise_ceiling", 0.885, "Noise ceiling", "%"),
+        Metric("accuracy_of_ceiling", 0.95, "Accuracy / ceiling", "%"),
+        Metric("accuracy_on_new", 0.8, "Accuracy on new prompts", "% of pairs", baseline=("chance", 0.5)),
+    ),
+    "polish": (
+        Metric("gold", 0.72, "Gold", "", 0.02, ("before", 0.55), True),
+        Metric("kl", 8.7, "KL from sft", "nats per answer", headline=True),
+        Metric("unsaid", 0.123456, headline=True),
+    ),
+}  # fmt: skip
+TABLE = Table(
+    "Held-out prompts", (("gold", "Gold", ""), ("correct", "Correct", "%"), ("kl", "KL from sft", "nats per answer")),
+    (
+        {"name": "pretrain", "gold": 0.11, "gold_stderr": 0.01, "correct": 0.04, "kl": None},
+        {"name": "sft", "gold": 0.55, "gold_stderr": 0.015, "correct": 0.51, "correct_stderr": 0.03, "kl": 0.0},
+        {"name": "polish", "gold": 0.72, "gold_stderr": 0.02, "correct": 0.63, "correct_stderr": 0.03, "kl": 8.7},
+    ),
+)  # fmt: skip
+
+
+def make_workdir(folder, stages=tuple(STAGES), moe=False, level=0.0):
     folder.mkdir(parents=True, exist_ok=True)
     lines = [json.dumps(record) for stage in stages for record in records(stage, moe, level=level)]
     (folder / "metrics.jsonl").write_text("".join(line + "\n" for line in lines))
-    (folder / "config.json").write_text(json.dumps({"seed": 0, "model": {"num_layers": 4, "name": SCRIPT}}))
+    config = {"seed": 0, "model": {"num_layers": 4, "name": SCRIPT}, "stages": {name: {} for name in STAGES}}
+    (folder / "config.json").write_text(json.dumps(config))
+    samples = (Sample("Where does Mara live?", SCRIPT, "gold 0.9"),
+               Sample("Once upon a time", "\n  there was a fox.", continues=True))  # fmt: skip
     for stage in stages:
-        (folder / stage).mkdir(exist_ok=True)
-        metrics = FINAL[stage] | ({"num_params": 3_100_000} if moe and stage == "pretrain" else {})
-        result = {
-            "stage": stage, "steps": 400, "seconds": 71.3, "tokens": 640_000, "metrics": metrics,
-            "samples": [{"prompt": "Where does Mara live?", "answer": SCRIPT, "note": "gold 0.9"},
-                        {"prompt": "", "answer": "Once upon a time\n  there was a fox.", "note": ""}],
-            "config": {},
-        } | ({"table": TABLE} if stage == "ppo" else {})
-        (folder / stage / "result.json").write_text(json.dumps(result))
+        metrics = METRICS[stage]
+        if moe and stage == "pretrain":
+            metrics = tuple(Metric(m.name, 3.1e6, m.label, m.unit) if m.name == "num_params" else m for m in metrics)
+        write_summary(folder / stage, Summary(
+            stage, STAGES[stage], f"What {stage} is about.", 400, 71.3, 640_000, metrics,
+            FIGURES[stage] + (EXPERTS if moe and stage == "pretrain" else ()), samples, (TABLE,) if stage == "polish" else (),
+        ))  # fmt: skip
     return folder
 
 
@@ -130,64 +190,112 @@ def check(path):
 
 @pytest.mark.parametrize("moe", [False, True])
 def test_report_of_a_whole_run(tmp_path, moe):
-    path = report.write_report(make_workdir(tmp_path / "run", moe=moe), "A tiny model, start to end")
+    path = render.write_report(make_workdir(tmp_path / "run", moe=moe), "A tiny model, start to end")
     assert path == tmp_path / "run" / "report.html"
     checker, text = check(path)
-    assert SCRIPT in text  # shown as text, not run
-    assert checker.tags.count("svg") == (13 if moe else 10)
-    for shown in ("1.12 bits per byte", "5-gram baseline 1.61: 30 % lower", "93.0 % of held-out prompts", "+86 points",
-                  "95.0 % of the noise ceiling (88.5 %)", "0.720 ± 0.020 points", "SFT 0.550 ± 0.015: +0.17 points",
-                  "6.8 standard errors", "8.70 nats per sequence", "4 min 45 s", "llmjax-chat --workdir=",
-                  "Resolved config"):
+    assert text.count(SCRIPT) >= 4  # shown as text, not run
+    assert checker.tags.count("svg") == (13 if moe else 11)
+    for shown in (
+        "Pre-training: held-out text 1.12 bits/byte 5-gram baseline 1.61 bits/byte: 30 % lower",
+        "SFT: follows instructions 93.0 ± 1.6 % before 7.0 %: +86 points",
+        "Reward model: held-out accuracy 84.1 ± 1.2 % of pairs noise ceiling 88.5 % of pairs: -4 points",
+        "Polishing: gold 0.720 ± 0.020 before 0.550: 31 % higher",
+        "Time, all stages 4 min 45 s", "run · 4 min 45 s in all · 2.56 M tokens · config ",
+        "What sft is about.", "Optimizer steps 400", "Throughput 12.0 k tokens/s", "Accuracy on new prompts 80.0 % of pairs",
+        "chance 50.0 % of pairs", "Once upon a time there was a fox.", "gold 0.9", "What is watched.", "Resolved config",
+        "sft 0.550 ± 0.015 51.0 ± 3.0 % 0", "llmjax-chat --workdir=",
+    ):  # fmt: skip
         assert shown in text, shown
-    assert ("1.23 M active per token" in text) == moe
-    assert ("Expert load" in text) == moe
+    assert "0.123" not in text  # what has no label is kept for programs
+    assert ("3.10 M parameters" in text) == ("Expert load" in text) == moe
 
 
-@pytest.mark.parametrize("stages", [(), ("pretrain",), ("pretrain", "sft"), ("sft", "reward"), ("ppo",)])
+def test_names_keep_their_capitals_on_the_cards(tmp_path):
+    labels = [card.label for card in sections.cards(read.read_run(make_workdir(tmp_path)))]
+    assert "Polishing: KL from sft" in labels
+
+
+def test_what_is_compared_with_is_said_once_among_the_facts(tmp_path):
+    for section in sections.run_sections(read.read_run(make_workdir(tmp_path))):
+        labels = [label.casefold() for label, _ in section.facts]
+        assert len(labels) == len(set(labels)), labels
+
+
+@pytest.mark.parametrize("stages", [(), ("pretrain",), ("pretrain", "sft"), ("sft", "reward"), ("polish",)])
 def test_report_after_any_subset(tmp_path, stages):
-    checker, text = check(report.write_report(make_workdir(tmp_path, stages), "Part"))
-    for stage, label in runs.STAGES.items():
-        assert (f"{label} ✓" if stage in stages else f"{label}: not yet") in text
+    checker, text = check(render.write_report(make_workdir(tmp_path, stages), "Part"))
+    for stage, title in STAGES.items():
+        assert (f"{title} ✓" if stage in stages else f"{stage}: not yet") in text
         assert (stage in checker.ids) == (stage in stages)
+    assert ("llmjax-chat" in text) == bool(stages) and f"({', '.join(s for s in STAGES if s not in stages)})" in text
+
+
+def test_stages_come_in_the_order_of_the_config_then_what_else_is_there(tmp_path):
+    make_workdir(tmp_path, ("reward", "pretrain"))
+    write_summary(tmp_path / "another", Summary("another"))
+    assert read.read_run(tmp_path).stages == [*STAGES, "another"]
+    (tmp_path / "config.json").unlink()
+    assert read.read_run(tmp_path).stages == ["reward", "pretrain", "another"]
 
 
 def test_report_of_a_stage_that_has_only_begun(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"stage": "ppo", "step": 0, "kind": "train", "reward": NaN, "kl": 0.0}\n')
-    checker, text = check(report.write_report(tmp_path, "Begun"))
-    assert "KL from the SFT model" in text and "PPO: not yet" in text
+    rows = [{"step": 0, "kind": "train", "loss": 2.0}, {"step": 1, "kind": "train", "loss": math.nan}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"stage": "climb"} | row) + "\n" for row in rows))
+    checker, text = check(render.write_report(tmp_path, "Begun"))
+    assert "climb: not yet" in text and "Has begun and is not complete." in text and checker.tags.count("svg") == 1
+
+
+def test_next_steps_may_be_given(tmp_path):
+    steps = [("do this", "llmjax --config=a.py --workdir='a b'")]
+    _, text = check(render.write_report(make_workdir(tmp_path, ("sft",)), "x", steps))
+    assert "do this llmjax --config=a.py --workdir='a b'" in text and "llmjax-chat" not in text
 
 
 def test_study_report_sets_runs_side_by_side(tmp_path):
     make_workdir(tmp_path / "dense")
     make_workdir(tmp_path / "moe", moe=True, level=-0.1)
-    report.write_report(tmp_path / "dense", "Dense")
-    path = report.write_study_report(tmp_path, ["dense", "moe"], "Dense beside sparse")
+    render.write_report(tmp_path / "dense", "Dense")
+    path = render.write_study_report(tmp_path, ["dense", "moe"], "Dense beside sparse")
     checker, text = check(path)
     assert checker.addresses.count("dense/report.html") == 1 and "moe/report.html" not in checker.addresses
-    assert "Parameters, all 1.23 M 3.10 M" in text
-    assert "Gold score, PPO (points, ± SE) 0.720 ± 0.020 0.720 ± 0.020" in text
-    assert checker.tags.count("svg") == 10
+    for shown in ("Parameters 1.23 M 3.10 M", "Gold 0.720 ± 0.020 0.720 ± 0.020", "Held-out text (bits/byte) 1.12 1.12",
+                  "Follows instructions 93.0 ± 1.6 % 93.0 ± 1.6 %", "dense: Polishing: gold 0.720 ± 0.020",
+                  "Of each run: before SFT, after SFT."):  # fmt: skip
+        assert shown in text, shown
+    titles = {s.name: [figure.title for figure in s.figures] for s in sections.study_sections(runs_of(tmp_path))}
+    curves = ["Loss: training", "Loss: held out"]
+    assert titles == {  # a picture for each curve; heat maps, what is all zero and what is not to be compared are left out
+        "pretrain": ["Held-out text", *curves, "Throughput", "Busiest expert"],
+        "sft": [*curves, "Throughput", "Follows instructions"],
+        "reward": ["Ranking accuracy: training", "Ranking accuracy: held out", *curves],
+        "polish": ["Reward: reward", "Reward: Gold", "KL from sft"],
+    }
+    assert checker.tags.count("svg") == sum(map(len, titles.values()))
+
+
+def runs_of(folder):
+    return [read.read_run(folder / name, name) for name in ("dense", "moe")]
 
 
 def test_study_report_of_runs_at_different_stages(tmp_path):
     make_workdir(tmp_path / "dense", ("pretrain",))
     make_workdir(tmp_path / "moe", ())
-    _, text = check(report.write_study_report(tmp_path, ["dense", "moe"]))
-    assert "Held-out bits per byte 1.12 –" in text and "Noise ceiling" not in text
+    _, text = check(render.write_study_report(tmp_path, ["dense", "moe"]))
+    assert "Held-out text (bits/byte) 1.12 –" in text and "Noise ceiling" not in text
+    assert "pretrain: not yet" in text  # in one of the two
 
 
 def test_broken_inputs_are_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
-        report.write_report(tmp_path / "none", "x")
+        render.write_report(tmp_path / "none", "x")
     workdir = make_workdir(tmp_path / "run", ("sft",))
     (workdir / "metrics.jsonl").write_text('{"stage": "sft", "step": 0, "kind": "train"}\n{"oops\n{}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a JSON object"):
-        report.write_report(workdir, "x")
+        render.write_report(workdir, "x")
     (workdir / "metrics.jsonl").unlink()
     (workdir / "sft" / "result.json").write_text("{")
     with pytest.raises(UserError, match=r"result\.json:1: not JSON"):
-        report.write_report(workdir, "x")
+        render.write_report(workdir, "x")
     assert not (workdir / "report.html").exists()
 
 
@@ -199,15 +307,35 @@ def test_metrics_of_a_killed_and_resumed_run(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         row.format(0, 3.0) + row.format(1, 9.0) + row.format(1, 2.0) + row.format(2, 1.0) + '{"stage": "sf'
     )
-    assert runs.read_run(tmp_path).curve("sft", "train", "loss") == ([0.0, 1.0, 2.0], [3.0, 2.0, 1.0])
+    assert read.read_run(tmp_path).curve("sft", "train", "loss") == ([0.0, 1.0, 2.0], [3.0, 2.0, 1.0])
 
 
-def test_expert_loads_are_multiples_of_uniform_in_numeric_order(tmp_path):
-    loads = {f"moe/load/0/{j}": (2.0 if j == 10 else 0.0) / 16 for j in range(16)}
-    (tmp_path / "metrics.jsonl").write_text(json.dumps({"stage": "sft", "step": 3, "kind": "train"} | loads) + "\n")
-    steps, values = runs.read_run(tmp_path).expert_loads()
-    assert steps == [3.0]
-    assert values == [[[2.0 if j == 10 else 0.0 for j in range(16)]]]
+def test_expert_loads_are_multiples_of_uniform_in_numeric_order(tmp_path, monkeypatch):
+    """And the mean of the last tenth of the rows that have them: 2 of 20 here, among others without."""
+    rows = []
+    for step in range(40):
+        loads = {f"moe/load/0/{j}": (0.5 if j == 10 else 0.0) / 16 for j in range(16)}
+        loads["moe/load/0/10"] = {37: 1.0, 39: 3.0}.get(step, 9.0) / 16
+        rows.append({"stage": "sft", "step": step, "kind": "train"} | (loads if step % 2 else {}))
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_summary(tmp_path / "sft", Summary("sft", figures=EXPERTS[:1]))
+    drawn = []
+    monkeypatch.setattr(sections, "heat_map", lambda name, values, *labels: drawn.append((values, *labels)) or "<svg></svg>")
+    (section,) = sections.run_sections(read.read_run(tmp_path))
+    assert [figure.title for figure in section.figures] == ["Expert load"]
+    ((values, row_label, column_label, strongest),) = drawn
+    assert values == [pytest.approx([2.0 if j == 10 else 0.0 for j in range(16)])]
+    assert (row_label, column_label, strongest) == ("layer", "expert", 2.0)
+
+
+def test_the_final_value_is_that_of_the_summary_else_of_the_last_evaluation(tmp_path):
+    run = read.read_run(make_workdir(tmp_path))
+    assert run.final("pretrain", "bits_per_byte") == 1.123
+    assert run.final("pretrain", "nothing") is None
+    (tmp_path / "pretrain" / "result.json").unlink()
+    run = read.read_run(tmp_path)
+    assert run.final("pretrain", "bits_per_byte") == run.curve("pretrain", "eval", "bits_per_byte")[1][-1] != 1.123
+    assert run.throughput("polish") == 4000.0
 
 
 # ---- tables and units -------------------------------------------------------------------------------------------
@@ -219,22 +347,28 @@ def as_text(table):
     return console.file.getvalue()
 
 
-def test_final_table_for_the_terminal():
-    text = as_text(tables.final_table(TABLE))
-    assert re.search(r"PPO\s*│\s*0\.720 ± 0\.020\s*│\s*63\.0 %\s*│\s*98\.0 %\s*│\s*8\.70", text)
-    assert re.search(r"Base.*–", text)
+def test_the_table_of_a_stage_for_the_terminal():
+    text = as_text(tables.to_rich(tables.table_grid(TABLE)))
+    assert re.search(r"Gold\s*┃\s*Correct\s*┃\s*KL from sft \(nats per answer\)", text)
+    assert re.search(r"polish\s*│\s*0\.720 ± 0\.020\s*│\s*63\.0 ± 3\.0 %\s*│\s*8\.70", text)
+    assert re.search(r"pretrain\s*│\s*0\.110 ± 0\.010\s*│\s*4\.0 %\s*│\s*–", text)
 
 
 def test_study_table_for_the_terminal(tmp_path):
     make_workdir(tmp_path / "dense")
-    text = as_text(tables.study_table([runs.read_run(tmp_path / "dense", "[dense]")]))
+    text = as_text(tables.study_table([read.read_run(tmp_path / "dense", "[dense]")]))
     assert "[dense]" in text and re.search(r"Accuracy / ceiling\s*│\s*95\.0 %", text)
 
 
-def test_gain_is_in_standard_errors_of_the_difference(tmp_path):
-    run = runs.read_run(make_workdir(tmp_path))
-    assert tables.gain_in_errors(run) == pytest.approx((0.72 - 0.55) / math.hypot(0.015, 0.02))
-    assert tables.ceiling_share(run) == pytest.approx(0.841 / 0.885)
+@pytest.mark.parametrize(("value", "unit", "error", "expected"), [
+    (0.918, "%", None, "91.8 %"), (0.918, "%", 0.0113, "91.8 ± 1.1 %"), (0.5, "% of pairs", None, "50.0 % of pairs"),
+    (0.5, "% of pairs", 0.02, "50.0 ± 2.0 % of pairs"), (1.23e6, "parameters", None, "1.23 M parameters"),
+    (8192, "tokens", None, "8,192 tokens"), (290, "s", None, "4 min 50 s"), (0.72, "", 0.02, "0.720 ± 0.020"),
+    (1.5, "nats per answer", 0.25, "1.50 ± 0.25 nats per answer"), (None, "tokens", None, "–"),
+    (float("nan"), "%", 0.1, "–"),
+])  # fmt: skip
+def test_numbers_with_their_units(value, unit, error, expected):
+    assert units.text(value, unit, error) == expected
 
 
 @pytest.mark.parametrize(("text", "expected"), [
@@ -277,5 +411,5 @@ def test_plots_are_reproducible_and_escape_labels():
 
 
 def test_importing_the_report_imports_neither_matplotlib_nor_jax():
-    code = "import sys, llmjax.analysis.report; assert not {'jax', 'matplotlib'} & set(sys.modules)"
+    code = "import sys, llmjax.report.render; assert not {'jax', 'matplotlib'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

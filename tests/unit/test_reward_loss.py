@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import tiny
 
-from llmjax.objectives.reward import pairwise_ranking_loss, reward_loss, reward_of
+from llmjax.generation.score import reward_of
+from llmjax.objectives.reward import pairwise_ranking_loss, reward_loss
 
 both = pytest.mark.parametrize("cfg", tiny.MODELS.values(), ids=tiny.MODELS.keys())
 
@@ -21,14 +22,16 @@ def some_rankings(k: int, rows: int = 5):
 
 
 def by_pairs(rewards, ranks):
-    """Mean over prompts and over all C(K, 2) pairs of -log sigmoid(better - worse)."""
+    """Mean over prompts of the mean over strictly ranked pairs of -log sigmoid(better - worse)."""
     losses = []
     for r, rank in zip(rewards.astype(np.float64), ranks):
         pairs = []
         for i, j in itertools.combinations(range(len(r)), 2):
             sign = np.sign(rank[j] - rank[i])  # 1: i is better
-            pairs.append(math.log1p(math.exp(-sign * (r[i] - r[j]))) if sign else 0.0)
-        losses.append(np.mean(pairs))
+            if sign and min(rank[i], rank[j]) >= 0:
+                pairs.append(math.log1p(math.exp(-sign * (r[i] - r[j]))))
+        if pairs:
+            losses.append(np.mean(pairs))
     return np.mean(losses)
 
 
@@ -76,11 +79,30 @@ def test_ties_say_nothing():
     tied = np.int32([[0, 1, 1]])
     loss, accuracy = pairwise_ranking_loss(rewards, tied)
     pairs = [math.log1p(math.exp(-(0.3 - other))) for other in (-1.0, 2.0)]
-    np.testing.assert_allclose(loss, sum(pairs) / 3, rtol=1e-6)
+    np.testing.assert_allclose(loss, sum(pairs) / 2, rtol=1e-6)
     assert accuracy == 0.5  # one of the two ranked pairs is right
     grad = jax.grad(lambda r: pairwise_ranking_loss(r, jnp.zeros((1, 3), jnp.int32))[0])(rewards)
     assert np.all(grad == 0)
     assert pairwise_ranking_loss(rewards, np.zeros((1, 3), np.int32))[0] == 0
+
+
+def test_rankings_of_different_sizes_share_a_batch():
+    rewards, _ = some_rankings(4, rows=4)
+    ranks = np.int32([[0, 1, 2, 3], [1, 0, -1, -1], [0, 1, 1, -1], [0, 0, -1, -1]])
+    loss, accuracy = pairwise_ranking_loss(rewards, ranks)
+    np.testing.assert_allclose(loss, by_pairs(rewards, ranks), rtol=1e-6)
+    alone = [pairwise_ranking_loss(rewards[i : i + 1, :size], ranks[i : i + 1, :size])[0] for i, size in enumerate((4, 2, 3))]
+    np.testing.assert_allclose(loss, np.mean(alone), rtol=1e-6)
+    anything = np.where(ranks < 0, 7.0, rewards).astype(np.float32)
+    np.testing.assert_allclose(pairwise_ranking_loss(anything, ranks), (loss, accuracy), rtol=1e-6)
+    grad = jax.grad(lambda r: pairwise_ranking_loss(r, ranks)[0])(rewards)
+    assert np.all(np.asarray(grad)[ranks < 0] == 0) and np.all(np.asarray(grad)[3] == 0)
+
+
+def test_equal_rewards_cost_ln_2_and_are_right_half_the_time():
+    ranks = np.int32([[0, 1, 2, 3], [0, 1, 1, 2], [1, 0, -1, -1], [0, 0, 0, 0]])
+    loss, accuracy = pairwise_ranking_loss(np.full((4, 4), 0.7, np.float32), ranks)
+    np.testing.assert_allclose((loss, accuracy), (math.log(2), 0.5), rtol=1e-6)
 
 
 def test_accuracy():

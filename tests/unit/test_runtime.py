@@ -37,3 +37,37 @@ def heap(**environment) -> str:
 def test_freed_memory_is_kept_in_huge_pages_unless_that_is_turned_off():
     assert heap(LLMJAX_KEEP_MEMORY="1") == "True True"
     assert heap(LLMJAX_KEEP_MEMORY="0") == "False False"
+
+
+GIVEN_BACK = """
+import ctypes
+from llmjax import runtime
+runtime.keep_freed_memory()
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+def work():
+    blocks = [libc.malloc(ctypes.c_size_t(2**26)) for _ in range(8)]
+    for block in blocks:
+        ctypes.memset(block, 1, 2**26)
+    for block in blocks:
+        libc.free(ctypes.c_void_p(block))
+before = runtime._resident()
+work()
+kept = runtime._resident() - before
+far_from_full = runtime.give_back_memory()
+runtime._memory = lambda: 2**29  # as if the machine were small
+given = runtime.give_back_memory()
+work()
+print(kept > 2**28, far_from_full, given, runtime._resident() - before < 2**27)
+"""
+
+
+@pytest.mark.skipif(
+    not hasattr(os, "sysconf") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 2**33, reason="needs 8 GB"
+)
+def test_kept_memory_is_given_back_once_it_is_a_third_of_the_machine():
+    done = subprocess.run(
+        [sys.executable, "-c", GIVEN_BACK], env=os.environ | {"LLMJAX_KEEP_MEMORY": "1"}, capture_output=True, text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["True", "False", "True", "True"]

@@ -63,8 +63,23 @@ def test_the_space_in_front_of_a_text(tmp_path):
     every = ours.encode_template("a</s>a")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "legacy": False}))
     first = read_tokenizer(str(tmp_path)).encode_template("a</s>a")
-    assert every == [*ours.encode("a"), ours.end_id, *ours.encode("a")] != first
+    assert every == [*ours.encode("a"), ours.eos_id, *ours.encode("a")] != first
     assert first[:2] == every[:2] and ours.decode(first[2:]) == "a"
+
+
+def test_where_generation_stops(tmp_path):
+    """What the folder's own configuration names, beside the end of a text and of a turn."""
+    ours, _ = trained(tmp_path)
+    assert (ours.bos_id, ours.eos_id, ours.end_of_turn_id, ours.stop_ids) == (1, 2, 2, (2,))
+    for ids, want in ((7, (2, 7)), ([9, 2, 7], (2, 7, 9)), (None, (2,))):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": ids}))
+        assert read_tokenizer(str(tmp_path)).stop_ids == want
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 5}))
+    assert read_tokenizer(str(tmp_path)).stop_ids == (2, 5)
+    for bad in ("</s>", [1, "x"], -1):
+        (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": bad}))
+        with pytest.raises(UserError, match=r"generation_config\.json: eos_token_id=.* is neither an id nor a list of ids"):
+            read_tokenizer(str(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -90,8 +105,8 @@ def test_a_tokenizer_in_which_control_tokens_can_be_typed_is_refused():
     model = tokenizers.Tokenizer(models.Unigram([("<s>", 0.0), ("</s>", 0.0), ("▁", -2.0), ("a", -3.0)], 0, False))
     model.decoder = decoders.Metaspace()
     model.add_special_tokens(["<s>", "</s>"])
-    with pytest.raises(UserError, match="makes a control token of the plain text '<s>'"):
-        Tokenizer(model.to_str(), "", Controls("</s>", "</s>", "</s>"))
+    with pytest.raises(UserError, match="makes a control token of the plain text '</?s>'"):
+        Tokenizer(model.to_str(), "", Controls("</s>", "</s>", "</s>", "</s>"))
 
 
 def test_other_decoders_are_refused(tmp_path):
@@ -101,4 +116,4 @@ def test_other_decoders_are_refused(tmp_path):
         if decoder is not None:
             model.decoder = decoder
         with pytest.raises(UserError, match=words):
-            Tokenizer(model.to_str(), "", Controls("</s>", "</s>", "</s>"))
+            Tokenizer(model.to_str(), "", Controls("</s>", "</s>", "</s>", "</s>"))

@@ -1,12 +1,24 @@
 """llmjax.data.tokenizer: round trip, control tokens, files."""
 
+import json
 import os
 import random
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from llmjax.data.tokenizer import END, SPECIAL_TOKENS, DecodeStream, Tokenizer, TokenizerConfig
+from llmjax.data import tokenizer as tokenizer_lib
+from llmjax.data.tokenizer import (
+    END_OF_TURN,
+    MAX_WORD,
+    SPECIAL_TOKENS,
+    Controls,
+    DecodeStream,
+    Tokenizer,
+    TokenizerConfig,
+)
 from llmjax.errors import UserError
 
 CORPUS = ["the cat sat on the mat. ", "<|end|> the end <|end|><|pad|> ", "a man, a plan: 1 + 22 = 23\n"] * 50
@@ -27,7 +39,8 @@ def byte():
 def test_specials_have_the_first_ids(bpe, byte):
     for tokenizer in (bpe, byte):
         assert [tokenizer.encode_template(token) for token in SPECIAL_TOKENS] == [[i] for i in range(6)]
-        assert (tokenizer.pad_id, tokenizer.endoftext_id, tokenizer.end_id) == (0, 1, 5)
+        assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id, tokenizer.end_of_turn_id) == (0, 1, 1, 5)
+        assert tokenizer.stop_ids == (1, 5)
         assert tokenizer.special_ids == set(range(6))
 
 
@@ -44,6 +57,61 @@ def test_bpe_learns_merges_and_is_deterministic(bpe):
     assert Tokenizer(bpe._serialized, "{{ 1 }}").fingerprint() != bpe.fingerprint()
 
 
+def test_a_bpe_is_learnt_from_the_beginning_of_the_text():
+    def texts():
+        yield from ["abababab "] * 20
+        yield from ["cdcdcdcd "] * 1000
+
+    cfg = TokenizerConfig(vocab_size=300, train_chars=180)
+    short = Tokenizer.train(texts(), cfg)
+    assert len(short.encode("abababab")) < 4 and len(short.encode("cdcdcdcd")) == 8
+    assert short.fingerprint() == Tokenizer.train(["abababab "] * 20, TokenizerConfig(vocab_size=300)).fingerprint()
+    # A text that goes beyond is read in part.
+    assert Tokenizer.train(["abababab " * 20 + "cdcdcdcd" * 99], cfg).encode("cdcd") == short.encode("cdcd")
+    with pytest.raises(UserError, match="train_chars=0 must be positive"):
+        TokenizerConfig(train_chars=0).validate()
+
+
+def test_text_without_spaces_is_learnt_from_in_reasonable_time():
+    """Merges take time quadratic in a word; of a long one, pieces do."""
+    word = "".join(random.Random(0).choices("abcd", k=100_000))
+    pieces = list(tokenizer_lib._bounded([f"x {word} y", "z"], 10**9))
+    assert "".join(pieces) == f"x {word} yz" and max(map(len, pieces)) <= MAX_WORD
+    assert list(tokenizer_lib._bounded(["a b", "c" * MAX_WORD], 10**9)) == ["a b", "c" * MAX_WORD]
+    assert list(tokenizer_lib._bounded(["abc", "defg", "h"], 5)) == ["abc", "de"]
+    tokenizer = Tokenizer.train([word], TokenizerConfig(vocab_size=300))
+    assert tokenizer.vocab_size == 300 and tokenizer.decode(tokenizer.encode(word)) == word
+
+
+def test_what_goes_wrong_while_it_learns_is_raised():
+    def texts():
+        yield "abc"
+        raise UserError("a.jsonl:7: not JSON")
+
+    with pytest.raises(UserError, match="a.jsonl:7: not JSON"):
+        Tokenizer.train(texts(), TokenizerConfig(vocab_size=300))
+
+
+def test_ctrl_c_is_heeded_while_it_learns():
+    """The library learns in one call that does not look for signals; its thread does not keep the process from ending."""
+    code = (
+        "import os, signal, sys\n"
+        "from llmjax.data.tokenizer import Tokenizer, TokenizerConfig\n"
+        "def texts():\n"
+        "    yield 'abc'\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    while True:\n"
+        "        yield 'abc'\n"
+        "try:\n"
+        "    Tokenizer.train(texts(), TokenizerConfig(vocab_size=300, train_chars=10**18))\n"
+        "except KeyboardInterrupt:\n"
+        "    print('stopped', flush=True)\n"
+        "    sys.exit(3)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "stopped\n", "")
+
+
 @pytest.mark.parametrize("which", ["bpe", "byte"])
 def test_every_text_round_trips(which, request):
     tokenizer = request.getfixturevalue(which)
@@ -55,9 +123,9 @@ def test_every_text_round_trips(which, request):
 
 
 def test_control_tokens_in_text_are_text_even_if_the_corpus_was_full_of_them(bpe):
-    ids = bpe.encode(f"a{END}b")
-    assert bpe.end_id not in ids
-    assert bpe.encode_template(f"a{END}b") == [*bpe.encode("a"), bpe.end_id, *bpe.encode("b")]
+    ids = bpe.encode(f"a{END_OF_TURN}b")
+    assert bpe.end_of_turn_id not in ids
+    assert bpe.encode_template(f"a{END_OF_TURN}b") == [*bpe.encode("a"), bpe.end_of_turn_id, *bpe.encode("b")]
 
 
 def test_decode_skips_or_shows_control_tokens(bpe):
@@ -81,8 +149,8 @@ def test_stream_withholds_half_characters(bpe, byte):
     assert [stream.step(i) for i in emoji[:2]] == ["", ""]
     assert stream.finish() == "\ufffd"
     assert stream.step(byte.encode("x")[0]) == "x"
-    assert DecodeStream(byte).step(byte.end_id) == ""
-    assert DecodeStream(byte, skip_special=False).step(byte.end_id) == END
+    assert DecodeStream(byte).step(byte.end_of_turn_id) == ""
+    assert DecodeStream(byte, skip_special=False).step(byte.end_of_turn_id) == END_OF_TURN
 
 
 def test_token_bytes_count_the_text(bpe):
@@ -101,6 +169,20 @@ def test_save_and_load(bpe, byte, tmp_path):
         assert loaded.encode("the mat <|end|>") == tokenizer.encode("the mat <|end|>")
     assert os.listdir(tmp_path / "a") == ["tok"]
     assert len(os.listdir(tmp_path / "a" / "tok")) == 3
+
+
+def test_controls_of_another_tokenizer_are_kept(bpe, tmp_path):
+    controls = Controls("<|pad|>", "<|endoftext|>", "<|system|>", "<|end|>", (70, 3, 5), {"unk_token": "<|user|>"})
+    tokenizer = Tokenizer(bpe._serialized, "{{ bos_token }}{{ eos_token }}{{ pad_token }}{{ unk_token }}", controls)
+    tokenizer.save(tmp_path / "tok")
+    for one in (tokenizer, Tokenizer.load(tmp_path / "tok")):
+        assert (one.bos_id, one.eos_id, one.end_of_turn_id) == (1, 2, 5)
+        assert one.stop_ids == (2, 3, 5, 70), "end of turn, end of text, and what the model's own folder names"
+        assert one.controls == controls
+        names = {"bos_token": "<|endoftext|>", "eos_token": "<|system|>", "pad_token": "<|pad|>", "unk_token": "<|user|>"}
+        assert one.template_variables == names
+    with pytest.raises(UserError, match=r"no control token '<\|eot\|>'"):
+        Tokenizer(bpe._serialized, "", Controls(end_of_turn="<|eot|>"))
 
 
 def test_save_destroys_nothing(bpe, tmp_path):
@@ -122,6 +204,15 @@ def test_load_errors_are_one_line(bpe, tmp_path):
     with pytest.raises(UserError, match=r"tokenizer\.json: not a tokenizer \(.*\); restore") as caught:
         Tokenizer.load(tmp_path)
     assert "\n" not in str(caught.value)
+    bpe.save(tmp_path)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    for name in ("eos_token", "end_of_turn_token", "stop_ids"):
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({k: v for k, v in config.items() if k != name}))
+        with pytest.raises(UserError, match=rf"tokenizer_config\.json: no '{name}'; restore the file"):
+            Tokenizer.load(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | {"eos_token": "<eos>"}))
+    with pytest.raises(UserError, match="no control token '<eos>'"):
+        Tokenizer.load(tmp_path)
 
 
 def test_config_and_text_errors(bpe):
@@ -130,10 +221,12 @@ def test_config_and_text_errors(bpe):
     with pytest.raises(UserError, match="vocab_size=100"):
         Tokenizer.train([], TokenizerConfig(vocab_size=100))
     TokenizerConfig(kind="byte", vocab_size=1).validate()
+    assert TokenizerConfig(kind="byte", vocab_size=1).size == 262 and TokenizerConfig(vocab_size=300).size == 300
     with pytest.raises(UserError, match="lone surrogate"):
         bpe.encode("a\ud800")
 
 
+@pytest.mark.parity
 def test_transformers_reads_the_folder(bpe, tmp_path):
     transformers = pytest.importorskip("transformers")
     bpe.save(tmp_path)
@@ -141,5 +234,5 @@ def test_transformers_reads_the_folder(bpe, tmp_path):
     text = "the cat , sat. 😀 it 's"
     assert theirs(text)["input_ids"] == bpe.encode(text)
     assert theirs.decode(bpe.encode(text)) == text
-    assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (bpe.pad_id, bpe.endoftext_id, bpe.end_id)
-    assert theirs.chat_template == bpe.chat_template
+    assert (theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id) == (bpe.pad_id, bpe.bos_id, bpe.eos_id)
+    assert theirs.chat_template == bpe.chat_template and bpe.eos_id == 1

@@ -161,6 +161,7 @@ def from_peer(weights: dict[str, np.ndarray], cfg: ModelConfig) -> Params:
 
 
 @pytest.mark.parametrize("kind", ["llama", "mixtral"])
+@pytest.mark.parity
 def test_logits_are_those_of_transformers(kind):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     moe = MoEConfig(num_experts=4, top_k=2, mlp_dim=20) if kind == "mixtral" else None

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
-from llmjax import convert
+from llmjax.commands import convert
 from llmjax.errors import UserError
 from llmjax.interop.hf_folder import load_params, read_config, save_params
 from llmjax.models.config import MoEConfig

@@ -6,11 +6,10 @@ import re
 import numpy as np
 import pytest
 
-from llmjax.data import dialogues
-from llmjax.data import world_language as language
-from llmjax.data.dialogues import demonstrations, questions
-from llmjax.data.world import documents, make_world, mention, split_of
 from llmjax.errors import UserError
+from llmjax.tasks.world import dialogues, language
+from llmjax.tasks.world.dialogues import demonstrations, questions
+from llmjax.tasks.world.documents import documents, make_world, mention, split_of
 
 WORLD = make_world(0)
 

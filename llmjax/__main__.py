@@ -1,0 +1,6 @@
+"""python -m llmjax: the command llmjax."""
+
+from llmjax.commands.train import main
+
+if __name__ == "__main__":
+    main()

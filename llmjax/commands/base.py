@@ -1,0 +1,47 @@
+"""What all commands share: flags, one-line errors, exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+from llmjax import runtime
+from llmjax.errors import UserError
+
+
+def parse_flags(argv: Sequence[str], values: flags.FlagValues, usage: str) -> None:
+    """Parses argv into `values`; a wrong flag or a stray argument is a UserError; --help prints and exits with 0."""
+    try:
+        rest = values(list(argv))
+    except flags.Error as error:
+        raise UserError(f"{' '.join(str(error).split())}; --help lists the flags") from error
+    if values.help:
+        print(usage + values.get_help())
+        sys.exit(0)
+    if rest[1:]:
+        raise UserError(f"unexpected argument {rest[1]!r}; flags are written --name=value, --help lists them")
+
+
+def call(program: Callable[[Sequence[str]], None], argv: Sequence[str], interrupted: str = "stopped") -> None:
+    """Prepares the process, runs program(argv), and turns a UserError into one line on stderr and exit status 2.
+
+    interrupted: what to say after Ctrl-C.
+    """
+    runtime.keep_freed_memory()
+    runtime.quiet_libraries()
+    try:
+        program(argv)
+    except UserError as error:
+        name = argv[0].rsplit("/", 1)[-1]
+        print(f"{'llmjax' if name == '__main__.py' else name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print(interrupted, file=sys.stderr)
+        sys.stdout.flush()
+        os._exit(130)  # a tokenizer that is still being learnt in a thread would not let the interpreter end
+    except BrokenPipeError:  # whoever read our output has gone, as in `llmjax --help | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
+        sys.exit(1)

@@ -1,0 +1,84 @@
+"""llmjax --config=experiments/quickstart.py --workdir=runs/quickstart: runs an experiment file, or resumes it."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Sequence
+
+from absl import flags
+
+from llmjax import runtime
+from llmjax.commands.base import call, parse_flags
+from llmjax.config import apply_overrides, load_experiment, split_overrides, to_json, validate
+from llmjax.errors import UserError
+
+USAGE = """llmjax runs an experiment file: pre-training, SFT, reward model, PPO, whatever stages it holds; what is complete
+in the workdir is not run again, what was cut off goes on.
+
+  llmjax --config=experiments/quickstart.py --workdir=runs/quickstart
+  llmjax --config=experiments/quickstart.py:moe --config.ppo.algorithm.kl_coef=0.1 --workdir=runs/moe
+  llmjax --config=experiments/sft_dialogues.py:models/Qwen3-0.6B --config.sft.data.path='chats/*.jsonl' --preview
+"""
+
+
+def define_flags() -> flags.FlagValues:
+    """The flags of llmjax, with their defaults."""
+    values = flags.FlagValues()
+    flags.DEFINE_string(
+        "config", None, "experiment file, with an argument after a colon; --config.a.b=value overrides a field",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string("workdir", None, "folder of this run: checkpoints, metrics, report", flag_values=values)
+    flags.DEFINE_integer("cpu_devices", 0, "split the CPU into this many virtual devices", flag_values=values)
+    flags.DEFINE_bool("print_config", False, "print the resolved config and stop", flag_values=values)
+    flags.DEFINE_bool(
+        "preview", False, "print the first examples of each stage as tokens, with what carries loss, and stop",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_bool("help", False, "show this help", flag_values=values)
+    return values
+
+
+def run(argv: Sequence[str]) -> None:
+    """The program, without the handling of errors."""
+    argv, overrides = split_overrides(list(argv))
+    values = define_flags()
+    parse_flags(argv, values, USAGE)
+    if not values.config:
+        raise UserError("--config is missing; give an experiment file, e.g. --config=experiments/quickstart.py")
+    if values.cpu_devices:
+        runtime.use_cpu_devices(values.cpu_devices)
+    config = apply_overrides(load_experiment(values.config), overrides)
+    validate(config)
+    if values.print_config:
+        print(to_json(config), end="")
+        return
+    from llmjax.stages.experiment import Study
+
+    if values.preview:
+        from llmjax.runs.preview import preview
+
+        for experiment in config.experiments.values() if isinstance(config, Study) else (config,):
+            preview(experiment, values.workdir)
+        return
+    if not values.workdir:
+        raise UserError("--workdir is missing; give a folder for this run, e.g. --workdir=runs/quickstart")
+    if isinstance(config, Study):
+        from llmjax.runs.study import run_study
+
+        run_study(config, values.workdir)
+    else:
+        from llmjax.runs.pipeline import run_experiment
+
+        changes = [f"--config.{path}={raw}" for path, raw in overrides]
+        run_experiment(config, values.workdir, shlex.join(["llmjax", f"--config={values.config}", *changes]))
+
+
+def main() -> None:
+    """The console command llmjax."""
+    call(run, sys.argv, interrupted="stopped; the same command goes on from the last checkpoint")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""Answers to held-out prompts at the end of a stage: scored, compared with the models it started from, shown."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import numpy as np
+
+from llmjax.data.base import Data
+from llmjax.data.records import Prompt
+from llmjax.evals.answers import Answers, answer_prompts, report
+from llmjax.models.transformer import Params
+from llmjax.results import Metric, Sample, Table
+from llmjax.stages.base import Context
+from llmjax.stages.datasets import PromptSet, draw, encode_prompt, held_out_prompts, prompt_sets
+from llmjax.tasks.base import Reward
+from llmjax.training.rng import key_for
+
+PURPOSE = "evaluation"  # of the drawn prompts and of the keys: one for all stages, so that models meet on equal terms
+
+
+class Asked:
+    """The held-out prompts that the models of a stage are asked.
+
+    data: the stage's own, where the experiment's evaluation names none. scores: the stage's own, beside the evaluation's.
+    """
+
+    def __init__(self, context: Context, data: Data, scores: Mapping[str, Reward] | None = None):
+        self._context, self._cfg = context, context.experiment.evaluation
+        self.scores = {**(scores or {}), **self._cfg.scores} if self._cfg.prompts is None else dict(self._cfg.scores)
+        self.prompts, self.tokens = _held_out_prompts(context, self._cfg.prompts or data.asked())
+
+    def of(self, params: Params, reference: Params | None = None) -> Answers:
+        """What a model answers, each prompt with a key of its own. reference: to measure the KL against."""
+        cfg, context = self._cfg, self._context
+        keys = jax.random.split(key_for(context.seed, PURPOSE), len(self.prompts))
+        rows = min(cfg.batch_size, context.experiment.mesh.rows(len(self.prompts)))
+        return answer_prompts(
+            params, self.prompts, self.tokens, keys, cfg=context.model, sampling=cfg.sampling, tokenizer=context.tokenizer,
+            stop_ids=context.tokenizer.stop_ids, length=cfg.prompt_length, batch_size=rows, mesh=context.mesh,
+            reference=reference,
+        )  # fmt: skip
+
+    def metrics(self, answers: Answers, before: Answers | None = None) -> list[Metric]:
+        """The scores of a model's answers; before: those of the model it started from, to compare with."""
+        found = [self._described(metric) for metric in report(self.scores, answers)]
+        if before is None:
+            return found
+        earlier = {metric.name: metric.value for metric in report(self.scores, before)}
+        return [replace(m, baseline=("before", earlier[m.name])) if m.name in self.scores else m for m in found]
+
+    def _described(self, metric: Metric) -> Metric:
+        headline = metric.name in list(self.scores)[:2]
+        return replace(metric, headline=headline, label=metric.label if metric.name in self.scores else "")
+
+    def table(self, rows: Mapping[str, Answers]) -> Table:
+        """One row for each model, scores, KL and length with their standard errors."""
+        reports = {name: report(self.scores, answers) for name, answers in rows.items()}
+        shown = next(iter(reports.values()))
+        columns = tuple((metric.name, metric.label, metric.unit) for metric in shown)
+        made = []
+        for name, metrics in reports.items():
+            row: dict[str, Any] = {"name": name}
+            for metric in metrics:
+                row |= {metric.name: metric.value, f"{metric.name}_stderr": metric.error}
+            made.append(row)
+        return Table(f"{len(self.prompts)} held-out prompts", columns, tuple(made))
+
+    def samples(self, answers: Answers) -> list[Sample]:
+        """The first few prompts with their answers."""
+        note = "greedy" if not self._cfg.sampling.temperature else "sampled"
+        shown = list(zip(answers.prompts, answers.completions))[: self._cfg.num_samples]
+        return [Sample(p.text, c.text, note if c.ended else f"{note}, cut off") for p, c in shown]
+
+
+def _held_out_prompts(context: Context, data: Data) -> tuple[Sequence[Prompt], list[list[int]]]:
+    """The prompts by which all stages of all experiments of this seed are judged, and their tokens."""
+    cfg = context.experiment.evaluation
+    if data.kind is Prompt:
+        sets = prompt_sets(context, data, cfg.prompt_length)
+        held: PromptSet = next(part for name, part in sets.items() if name != "train")
+        chosen = draw(held, cfg.num_prompts, context.seed, PURPOSE)
+        return [held[i] for i in chosen], [held.tokens(i) for i in chosen]
+    pairs = [(p, encode_prompt(context.tokenizer, p.messages, f"prompt {p.id}")) for p in held_out_prompts(context, data)]
+    pairs = [(prompt, ids) for prompt, ids in pairs if len(ids) <= cfg.prompt_length]
+    order = np.random.default_rng([context.seed, *PURPOSE.encode()]).permutation(len(pairs))[: cfg.num_prompts]
+    return [pairs[i][0] for i in order], [pairs[i][1] for i in order]

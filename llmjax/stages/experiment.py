@@ -1,0 +1,152 @@
+"""What an experiment file returns: one model's life, or several to compare."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from llmjax.config import children
+from llmjax.data.base import Data, check_kind
+from llmjax.data.records import Prompt
+from llmjax.data.tokenizer import TokenizerConfig
+from llmjax.errors import UserError
+from llmjax.generation.sampling import SamplingConfig
+from llmjax.models.config import ModelConfig
+from llmjax.sharding import MeshConfig, check_batch
+from llmjax.stages.base import HF, Stage, check_positive
+from llmjax.tasks.base import Reward
+
+S = TypeVar("S", bound=Stage)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Answers to held-out prompts, scored by functions: after SFT, preference and RL stages, beside the models that these
+    started from.
+
+    prompts: whose held-out split is asked; None for the prompts of a stage's own held-out data. scores: by name; what they
+    return, True and False shown as a share, is reported with its standard error. num_prompts: that many, drawn once for all
+    stages. batch_size: answers at a time. num_samples: answers that are shown. prompt_length: longer prompts are left out.
+    """
+
+    prompts: Data | None = None
+    scores: dict[str, Reward] = field(default_factory=dict)
+    num_prompts: int = 256
+    batch_size: int = 64
+    num_samples: int = 4
+    prompt_length: int = 256
+    sampling: SamplingConfig = SamplingConfig(max_new_tokens=128)
+
+    def validate(self) -> None:
+        check_positive(self, "num_prompts", "batch_size", "num_samples", "prompt_length")
+        if self.prompts is not None:
+            check_kind("prompts", self.prompts, Prompt)
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """One model's life.
+
+    stages: by name, in the order in which they run. model: its shape; that of a Hugging Face folder where a stage starts from
+    one. tokenizer: as it is trained, where none is given by such a folder. seed: the root of all randomness.
+    checkpoint_seconds: between two saves of a stage.
+    """
+
+    name: str
+    seed: int = 0
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    model: ModelConfig = ModelConfig()
+    mesh: MeshConfig = MeshConfig()
+    stages: dict[str, Stage] = field(default_factory=dict)
+    evaluation: Evaluation = Evaluation()
+    checkpoint_seconds: float = 30.0
+
+    def validate(self) -> None:
+        if not self.stages:
+            raise UserError("no stage: give at least one")
+        if self.checkpoint_seconds <= 0:
+            raise UserError(f"checkpoint_seconds={self.checkpoint_seconds} must be positive")
+        for name in self.stages:
+            if not name.replace("_", "").replace("-", "").isalnum() or name in RESERVED:
+                known = " and ".join(RESERVED)
+                raise UserError(f"stages: {name!r} is no name for a stage; use letters, digits, - and _, but not {known}")
+        self._validate_links()
+        if len(self.hf_folders) > 1:
+            raise UserError(f"one experiment has one model, but its stages start from {' and '.join(self.hf_folders)}")
+        check_batch("evaluation.batch_size", self.evaluation.batch_size, self.mesh)
+        if self.model.moe is not None and self.model.moe.num_experts % self.mesh.expert:
+            raise UserError(
+                f"mesh.expert={self.mesh.expert} does not divide model.moe.num_experts={self.model.moe.num_experts}"
+            )
+        for name, stage in self.stages.items():
+            stage.check(self, name)
+        if not self.hf_folders and self.text is None:
+            raise UserError("no stage has text to train a tokenizer on; start from hf:FOLDER, or with pre-training")
+
+    def _validate_links(self) -> None:
+        earlier: dict[str, Stage] = {}
+        for name, stage in self.stages.items():
+            for link in stage.inputs():
+                where = f"{name}.{link.field}={link.source!r}"
+                if link.source.startswith(HF) and link.makes == "language":
+                    continue
+                if link.source not in earlier:
+                    there = ", ".join(earlier) or "none"
+                    raise UserError(f"{where} is not an earlier stage of this experiment; there is {there}")
+                if earlier[link.source].makes != link.makes:
+                    raise UserError(f"{where} makes a {earlier[link.source].makes} model; a {link.makes} model is needed")
+            earlier[name] = stage
+
+    @property
+    def hf_folders(self) -> list[str]:
+        """The Hugging Face folders that stages start from."""
+        sources = [link.source for stage in self.stages.values() for link in stage.inputs()]
+        return list(dict.fromkeys(source.removeprefix(HF) for source in sources if source.startswith(HF)))
+
+    @property
+    def text(self) -> Data | None:
+        """The documents of the first stage that has some: what a tokenizer is trained on."""
+        return next((data for data in all_data(self) if data.kind is str), None)
+
+    def with_stage(self, name: str, /, **fields: Any) -> Experiment:
+        """The experiment with some fields of a stage changed."""
+        stage: Any = self.stages[name]
+        return dataclasses.replace(self, stages=self.stages | {name: dataclasses.replace(stage, **fields)})
+
+    def stage(self, name: str, kind: type[S]) -> S:
+        """The stage of this name. Raises UserError if it is of another class than `kind`."""
+        stage = self.stages[name]
+        if not isinstance(stage, kind):
+            raise UserError(f"stage {name!r} is a {type(stage).__name__}, not a {kind.__name__}")
+        return stage
+
+    def only(self, *names: str) -> Experiment:
+        """The experiment with these stages alone."""
+        return dataclasses.replace(self, stages={name: self.stages[name] for name in names})
+
+
+RESERVED = ("data", "tokenizer")  # folders of a workdir beside those of stages
+
+
+@dataclass(frozen=True)
+class Study:
+    """Several experiments that are run one after another and shown side by side."""
+
+    name: str
+    experiments: dict[str, Experiment] = field(default_factory=dict)
+
+    shared = ("experiments",)  # an override of what the study does not have itself is one of all its experiments
+
+    def validate(self) -> None:
+        if not self.experiments:
+            raise UserError("no experiment in this study")
+
+
+def all_data(config: Any) -> Iterator[Data]:
+    """Every source of data below a config."""
+    for _, value in children(config):
+        if isinstance(value, Data):
+            yield value
+        yield from all_data(value)

@@ -1,0 +1,375 @@
+"""The command line: every mistake is one line on stderr and exit status 2, and leaves nothing behind."""
+
+import gzip
+import json
+import os
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+
+from llmjax.commands import base, train
+from llmjax.config import apply_overrides, load_experiment, to_dict, to_json
+from llmjax.errors import UserError
+from llmjax.runs import pipeline
+
+REPOSITORY = pathlib.Path(__file__).parents[2]
+EXPERIMENTS = REPOSITORY / "experiments"
+QUICKSTART = f"--config={EXPERIMENTS / 'quickstart.py'}"
+TEXT = f"--config={EXPERIMENTS / 'pretrain_text.py'}:test"
+STUDY = f"--config={EXPERIMENTS / 'dense_vs_moe.py'}:test"
+
+
+@pytest.fixture(autouse=True)
+def _leave_this_process_alone(monkeypatch):
+    monkeypatch.setenv("LLMJAX_KEEP_MEMORY", "0")
+
+
+def error_of(capsys, *flags: str) -> str:
+    """The one line that the program ends with, its name taken off."""
+    with pytest.raises(SystemExit) as ended:
+        base.call(train.run, ["/somewhere/llmjax", *map(str, flags)])
+    captured = capsys.readouterr()
+    assert ended.value.code == 2
+    assert captured.out == ""
+    assert captured.err.startswith("llmjax: ") and captured.err.endswith("\n") and captured.err.count("\n") == 1
+    return captured.err.removeprefix("llmjax: ").rstrip("\n")
+
+
+def tree(folder: pathlib.Path) -> dict[str, tuple[int, bytes]]:
+    """Everything below `folder`: times and contents."""
+    paths = (path for path in folder.rglob("*"))
+    return {str(p): (p.stat().st_mtime_ns, p.read_bytes() if p.is_file() else b"") for p in paths}
+
+
+@pytest.fixture()
+def workdir(tmp_path) -> pathlib.Path:
+    """Where a run would write; a test that asks for it fails if anything is there in the end."""
+    path = tmp_path / "runs" / "one"
+    yield path
+    assert not path.parent.exists()
+
+
+# ---- flags ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--workdri=x"], "Unknown command line flag 'workdri'. Did you mean: workdir ?; --help lists the flags"),
+    (["--cpu_devices=two"], "flag --cpu_devices=two:"),
+    (["--cpu_devices=-1"], "--cpu_devices=-1 must be positive"),
+    (["quickstart"], "unexpected argument 'quickstart'; flags are written --name=value"),
+    (["--config.seed"], "--config.seed: no value; write --config.seed=VALUE"),
+    (["--config.seed=x"], "--config.seed=x: expected int; for example --config.seed=8"),
+    (["--config.sede=1"], "--config.sede=1: no field 'sede' in Experiment; did you mean 'seed'?"),
+    (["--config.pretrain.optimizer.learningrate=1"],
+     "no field 'learningrate' in OptimizerConfig; did you mean 'learning_rate'?"),
+    (["--config.pretrain.steps=many"], "--config.pretrain.steps=many: expected int"),
+    (["--config.pretrain.steps=0"], "pretrain: steps=0 must be positive"),
+    (["--config.dpo.steps=1"], "--config.dpo.steps=1: no field 'dpo' in Experiment; did you mean 'ppo'?"),
+    (["--config.pretrain=none"], "sft.init='pretrain' is not an earlier stage of this experiment; there is none"),
+    (["--config.reward=none"],
+     "ppo.critic='reward' is not an earlier stage of this experiment; there is pretrain, sft"),
+    (["--config.ppo.critic=sft"], "ppo.critic='sft' makes a language model; a scalar model is needed"),
+    (["--config.ppo.algorithm.kl_coef=-1"], "ppo.algorithm: kl_coef=-1.0 must be 0 or more"),
+    (["--config.ppo.algorithm=GRPO"], "ppo: critic='reward': GRPO has no critic; leave it out"),
+    (["--config.model.moe.top_k=9"], "model.moe: top_k=9 must be between 1 and num_experts=8"),
+    (["--config.model.num_heads=3"], "model: num_heads=3 is not a multiple of num_kv_heads=2"),
+    (["--config.mesh.data=3", "--config.evaluation.batch_size=3", "--config.pretrain.batch_size=32"],
+     "pretrain.batch_size=32 is not divisible by the 3 batch shards of the mesh (data=3); use pretrain.batch_size=33"),
+    (["--config.ppo.batch_size=12", "--config.ppo.minibatches=2", "--config.mesh.data=4"],
+     "ppo.batch_size / minibatches=6 is not divisible"),
+    (["--config.mesh.tensor=4"], "has kv_heads=2, which the mesh axes tensor split into 4 unequal parts"),
+    (["--config.mesh.tensor=16"], "mesh: tensor=16 needs 16 devices, 8 found"),
+    (["--config.mesh.expert=4", "--config.model.moe.num_experts=6"], "mesh.expert=4 does not divide"),
+    (["--config.tokenizer.vocab_size=100"], "tokenizer: vocab_size=100 is less than 262"),
+])  # fmt: skip
+def test_wrong_flags(capsys, workdir, flags, message):
+    assert message in error_of(capsys, QUICKSTART, f"--workdir={workdir}", *flags)
+
+
+def test_missing_flags(capsys):
+    assert error_of(capsys).startswith("--config is missing; give an experiment file")
+    assert error_of(capsys, QUICKSTART).startswith("--workdir is missing; give a folder for this run")
+
+
+@pytest.mark.parametrize(("config", "message"), [
+    (f"{EXPERIMENTS}/quickstrt.py", "did you mean"),
+    (f"{EXPERIMENTS}/quickstart.py:mo", "unknown argument 'mo'; did you mean 'moe'?"),
+    (f"{EXPERIMENTS}/dense_vs_moe.py:tset", "unknown argument 'tset'"),
+    (f"{EXPERIMENTS}/__init__.py", "has no function get_config"),
+])  # fmt: skip
+def test_wrong_experiment(capsys, workdir, config, message):
+    assert message in error_of(capsys, f"--config={config}", f"--workdir={workdir}")
+
+
+def test_experiment_without_a_stage(capsys, workdir, tmp_path):
+    file = tmp_path / "nothing.py"
+    file.write_text("from llmjax.stages.experiment import Experiment\ndef get_config(): return Experiment('nothing')\n")
+    line = error_of(capsys, f"--config={file}", f"--workdir={workdir}")
+    assert line == "Experiment: no stage: give at least one"
+
+
+# ---- data -------------------------------------------------------------------------------------------------------
+
+
+def text_error(capsys, workdir, *flags: str) -> str:
+    return error_of(capsys, TEXT, f"--workdir={workdir}", *flags)
+
+
+def test_no_path(capsys, workdir):
+    assert text_error(capsys, workdir).startswith("pretrain.data: path is empty")
+
+
+def test_missing_file(capsys, workdir, tmp_path):
+    path = tmp_path / "no" / "*.txt"
+    assert text_error(capsys, workdir, f"--config.pretrain.data.path={path}") == (
+        f"path={path} matches no file; there is no folder {path.parent}"
+    )
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_empty_corpus(capsys, workdir, tmp_path, name):
+    path = tmp_path / name
+    path.write_text("\n \n")
+    assert text_error(capsys, workdir, f"--config.pretrain.data.path={path}").startswith(f"path={path}: the corpus is empty")
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
+def test_corrupt_jsonl_line(capsys, workdir, tmp_path, suffix):
+    path = tmp_path / f"a{suffix}"
+    with (gzip.open if suffix.endswith("gz") else open)(path, "wt") as file:
+        file.write('{"text": "one"}\n{"text": "two"\n{"text": "three"}\n')
+    line = text_error(capsys, workdir, f"--config.pretrain.data.path={path}")
+    assert line.startswith(f"{path}:2: not JSON (") and line.endswith("mend or remove the line")
+
+
+def test_other_field_of_jsonl(capsys, workdir, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"txt": "one"}\n')
+    line = text_error(capsys, workdir, f"--config.pretrain.data.path={path}")
+    assert line.startswith(f"{path}:1: no field 'text'; did you mean 'txt'?")
+
+
+def test_unknown_suffix(capsys, workdir, tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text("a,b\n")
+    assert f"{path}: unknown suffix" in text_error(capsys, workdir, f"--config.pretrain.data.path={path}")
+
+
+def test_unknown_tfds_name(capsys, workdir):
+    line = text_error(capsys, workdir, "--config.pretrain.data.name=imdb_reviewz")
+    assert line.startswith("name=imdb_reviewz: TFDS has no such data set") and "did you mean 'imdb_reviews'?" in line
+
+
+def test_data_of_another_kind(capsys, workdir):
+    line = error_of(capsys, f"{QUICKSTART}:test", f"--workdir={workdir}", "--config.sft.data=WorldText")
+    assert line.endswith("sft.data is WorldText, of documents; dialogues are needed")
+
+
+def test_the_data_of_every_stage_are_read_before_anything_is_written(capsys, workdir, tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"messages": [{"role": "user", "content": "hi"}]}\n')
+    flags = ["--config.sft.data=Dialogues", f"--config.sft.data.path={path}"]
+    line = error_of(capsys, f"{QUICKSTART}:test", f"--workdir={workdir}", *flags)
+    assert line == f"{path}:1: no message of the assistant, so there is nothing to learn"
+
+
+# ---- workdir ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", [f"{QUICKSTART}:test", STUDY], ids=["experiment", "study"])
+@pytest.mark.parametrize("below", ["", "runs/one"])
+def test_workdir_is_a_file(capsys, tmp_path, config, below):
+    file = tmp_path / "file"
+    file.write_text("text")
+    before = tree(tmp_path)
+    line = error_of(capsys, config, f"--workdir={file / below}")
+    assert line.startswith(f"--workdir={file / below}") and f"{file} is a file, not a folder" in line
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_workdir_without_permission(capsys, tmp_path):
+    tmp_path.chmod(0o500)
+    try:
+        line = error_of(capsys, f"{QUICKSTART}:test", f"--workdir={tmp_path / 'a'}")
+        assert f"{tmp_path} cannot be written to" in line
+    finally:
+        tmp_path.chmod(0o700)
+
+
+def test_workdir_of_another_config(capsys, tmp_path):
+    (tmp_path / "config.json").write_text(to_json(load_experiment(f"{EXPERIMENTS}/quickstart.py:test")))
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "ppo").mkdir()
+    before = tree(tmp_path)
+    flags = ["--config.seed=1", "--config.ppo.policy=pretrain", "--config.pretrain.data.seed=2", "--config.sft.steps=9"]
+    assert error_of(capsys, f"{QUICKSTART}:test", f"--workdir={tmp_path}", *flags) == (
+        f"--workdir={tmp_path} was made by another config (seed: 0 -> 1; pretrain.data.seed: 0 -> 2; ppo.policy: sft -> "
+        "pretrain); use another --workdir, or delete this one to start again"
+    )
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    "override",
+    [("ppo.algorithm.kl_coef", "0.123"), ("ppo", "none"), ("mesh.data", "2"), ("checkpoint_seconds", "1")],
+)
+def test_what_has_not_begun_may_change(tmp_path, override):
+    experiment = load_experiment(f"{EXPERIMENTS}/quickstart.py:test")
+    (tmp_path / "config.json").write_text(to_json(experiment))
+    (tmp_path / "sft").mkdir()
+    before = tree(tmp_path)
+    pipeline.check(apply_overrides(experiment, [override]), str(tmp_path))
+    assert tree(tmp_path) == before
+    with pytest.raises(UserError, match="was made by another config"):
+        pipeline.check(apply_overrides(experiment, [("sft.steps", "123")]), str(tmp_path))
+
+
+def test_fields_that_a_workdir_does_not_know_yet_must_have_their_defaults(tmp_path):
+    """What an older version has begun can be gone on with, as long as the new options are left alone."""
+    experiment = load_experiment(f"{EXPERIMENTS}/quickstart.py:test")
+    saved = to_dict(experiment)
+    del saved["checkpoint_seconds"], saved["model"]["mtp_coef"], saved["stages"]["sft"]["lora"]
+    del saved["evaluation"]["sampling"]["top_k"], saved["stages"]["ppo"]["algorithm"]["vf_coef"]
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    for stage in experiment.stages:
+        (tmp_path / stage).mkdir()
+    pipeline.check(experiment, str(tmp_path))
+    for path, value, line in (
+        ("model.mtp_coef", "0.5", "model.mtp_coef: absent -> 0.5"),
+        ("sft.lora.rank", "2", "sft.lora: absent -> {"),
+        ("ppo.algorithm.vf_coef", "0.25", "ppo.algorithm.vf_coef: absent -> 0.25"),
+    ):
+        with pytest.raises(UserError, match=re.escape(f"was made by another config ({line}")):
+            pipeline.check(apply_overrides(experiment, [(path, value)]), str(tmp_path))
+
+
+def test_a_workdir_of_classes_that_are_gone_is_one_line(tmp_path):
+    """config.json is compared as JSON: nothing in it has to exist any more."""
+    experiment = load_experiment(f"{EXPERIMENTS}/quickstart.py:test")
+    saved = to_dict(experiment)
+    saved["stages"]["sft"]["data"] = {"class": "Vanished", "path": "a.jsonl"}
+    saved["old"] = 1
+    (tmp_path / "config.json").write_text(json.dumps(saved))
+    (tmp_path / "sft").mkdir()
+    with pytest.raises(UserError, match="was made by another config") as error:
+        pipeline.check(experiment, str(tmp_path))
+    assert "\n" not in str(error.value)
+    assert "sft.data: {class: Vanished, path: a.jsonl} -> {class: WorldDialogues" in str(error.value)
+    assert "old: 1 -> absent" in str(error.value)
+
+
+def test_study_is_checked_whole_before_it_starts(capsys, tmp_path):
+    other = tmp_path / "moe" / "config.json"
+    other.parent.mkdir()
+    other.write_text(to_json(load_experiment(f"{EXPERIMENTS}/quickstart.py:test")))
+    before = tree(tmp_path)
+    assert f"--workdir={other.parent} was made by another config" in error_of(capsys, STUDY, f"--workdir={tmp_path}")
+    assert tree(tmp_path) == before
+
+
+def test_broken_config_in_workdir(capsys, tmp_path):
+    (tmp_path / "config.json").write_text('{\n"name": \n')
+    assert f"{tmp_path / 'config.json'}:3: not JSON" in error_of(capsys, f"{QUICKSTART}:test", f"--workdir={tmp_path}")
+
+
+# ---- what is not an error ---------------------------------------------------------------------------------------
+
+
+def output_of(capsys, *flags: str) -> str:
+    base.call(train.run, ["llmjax", *flags])
+    captured = capsys.readouterr()
+    assert captured.err == ""
+    return captured.out
+
+
+def test_print_config(capsys, workdir):
+    flags = ["--print_config", f"--workdir={workdir}", "--config.ppo.algorithm.kl_coef=0.123", "--config.sft.steps=3"]
+    printed = output_of(capsys, f"{QUICKSTART}:moe", *flags)
+    overrides = [("ppo.algorithm.kl_coef", "0.123"), ("sft.steps", "3")]
+    assert printed == to_json(apply_overrides(load_experiment(f"{EXPERIMENTS}/quickstart.py:moe"), overrides))
+    config = json.loads(printed)
+    assert list(config["stages"]) == ["pretrain", "sft", "reward", "ppo"] and config["stages"]["sft"]["steps"] == 3
+    assert config["stages"]["ppo"]["algorithm"]["kl_coef"] == 0.123 and config["model"]["moe"]["num_experts"] == 8
+
+
+def test_a_stage_is_taken_out_by_none(capsys):
+    stages = json.loads(output_of(capsys, QUICKSTART, "--print_config", "--config.ppo=none"))["stages"]
+    assert list(stages) == ["pretrain", "sft", "reward"]
+
+
+def test_overrides_of_a_study(capsys):
+    def printed(*flags):
+        runs = json.loads(output_of(capsys, STUDY, "--print_config", *flags))["experiments"]
+        experts = {name: run["model"]["moe"] for name, run in runs.items()}
+        coefs = {name: run["stages"]["ppo"]["algorithm"]["kl_coef"] for name, run in runs.items()}
+        return {name: (coefs[name], experts[name] and experts[name]["top_k"]) for name in runs}
+
+    kl_coef = "ppo.algorithm.kl_coef"
+    both = printed(f"--config.{kl_coef}=0.5")
+    assert both == {"dense": (0.5, None), "moe": (0.5, 2)}
+    assert printed(f"--config.{kl_coef}=0.5", f"--config.moe.{kl_coef}=0.1") == both | {"moe": (0.1, 2)}
+    assert printed(f"--config.{kl_coef}=0.5", "--config.model.moe.top_k=4") == both | {"moe": (0.5, 4)}
+
+
+def test_help(capsys):
+    with pytest.raises(SystemExit) as ended:
+        base.call(train.run, ["llmjax", "--help"])
+    captured = capsys.readouterr()
+    assert ended.value.code == 0 and captured.err == ""
+    assert captured.out.startswith(train.USAGE)
+    flags = ("config", "workdir", "[no]print_config", "[no]preview", "cpu_devices")
+    assert all(f"--{flag}" in captured.out for flag in flags)
+
+
+INTERRUPTED = """
+import threading, time
+from llmjax.commands import base
+
+def program(argv):
+    threading.Thread(target=time.sleep, args=[600]).start()  # work in a thread that nothing can stop
+    print("begun")
+    raise KeyboardInterrupt
+
+base.call(program, ["llmjax"], interrupted="stopped here")
+"""
+
+
+def test_an_interrupt_is_one_line_and_ends_whatever_is_at_work():
+    done = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED], env=environment(), capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "begun\n", "stopped here\n")
+
+
+def test_bugs_keep_their_traceback():
+    def broken(argv):
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        base.call(broken, ["llmjax"])
+
+
+# ---- as a process -----------------------------------------------------------------------------------------------
+
+
+def environment() -> dict[str, str]:
+    """Without the virtual devices that tests/conftest.py asks for."""
+    env = os.environ | {"PYTHONPATH": str(REPOSITORY)}
+    env.pop("XLA_FLAGS", None)
+    return env
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--config.seed=x"], "--config.seed=x: expected int"),
+    (["--config.mesh.tensor=4", "--cpu_devices=2"],
+     "mesh: tensor=4 needs 4 devices, 2 found; lower --config.mesh.*; on CPU add --cpu_devices=4"),
+])  # fmt: skip
+def test_process(workdir, flags, message):
+    command = [sys.executable, "-m", "llmjax", QUICKSTART, f"--workdir={workdir}", *flags]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.count("\n") == 1 and done.stderr.startswith("llmjax: ") and message in done.stderr
