@@ -25,15 +25,7 @@ DENSE = ModelConfig(
 SPARSE = dataclasses.replace(DENSE, moe=MoEConfig(num_experts=4, top_k=2, mlp_dim=12))
 MODELS = {"dense": DENSE, "moe": SPARSE}
 
-# The same programs, less optimised, compiled in a quarter of the time.
-QUICK = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
-
-jit = partial(jax.jit, compiler_options=QUICK)
-apply = jit(transformer.apply, static_argnames="cfg")
+apply = jax.jit(transformer.apply, static_argnames="cfg")
 
 
 def crossed(quick, *axes):
@@ -87,7 +79,7 @@ def actor_critic(cfg: ModelConfig, seed: int = 0, critic: bool = True):
 
 def compiled(program: Program) -> Program:
     """The program compiled for the very arguments that it plans with, and for no others."""
-    return dataclasses.replace(program, fn=program.lower().compile(compiler_options=QUICK))
+    return dataclasses.replace(program, fn=program.lower().compile())
 
 
 def tokens(cfg: ModelConfig, *shape: int, seed: int = 0) -> np.ndarray:
@@ -148,7 +140,7 @@ def experience(cfg: ModelConfig, rows: int, prompt: int, response: int, seed: in
 
 def value_and_grads(fn, *args):
     """Compiled value and gradients with respect to every argument."""
-    return jit(jax.value_and_grad(fn, argnums=tuple(range(len(args)))))(*args)
+    return jax.jit(jax.value_and_grad(fn, argnums=tuple(range(len(args)))))(*args)
 
 
 def assert_trees_close(actual, expected, tolerance: float):

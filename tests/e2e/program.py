@@ -21,11 +21,10 @@ IN_MEMORY = ("moe/routing_change",)  # the first evaluation after a resume has n
 
 @dataclass(frozen=True)
 class Finished:
-    """A run that is over: of which kind, where, its exit status, and what it printed."""
+    """A run that has come to a good end: of which kind, where, and what it printed."""
 
     kind: str
     workdir: pathlib.Path
-    status: int
     stdout: str
     stderr: str
 
@@ -38,8 +37,8 @@ def command(kind: str, workdir: pathlib.Path, *flags: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Without the virtual devices that tests/conftest.py asks for; where the package is, whether installed or not."""
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return env | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
+    return dict(os.environ) | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
 
 
 def start(kind: str, workdir: pathlib.Path, *flags: str) -> subprocess.Popen:
@@ -55,33 +54,20 @@ def run(kind: str, workdir: pathlib.Path, *flags: str) -> Finished:
         stdout, stderr = process.communicate(timeout=TIMEOUT)
     finally:
         process.kill()
-    return good(Finished(kind, workdir, process.returncode, stdout, stderr))
-
-
-def good(run: Finished) -> Finished:
-    assert run.status == 0, f"exit status {run.status}\n{run.stdout[-2000:]}\n{run.stderr[-4000:]}"
-    return run
+    assert process.returncode == 0, f"exit status {process.returncode}\n{stdout[-2000:]}\n{stderr[-4000:]}"
+    return Finished(kind, workdir, stdout, stderr)
 
 
 def whole_run(kind: str, folder: pathlib.Path) -> Finished:
-    """A whole run of `kind` in `folder`/<kind>. The first process that asks makes one of each kind, side by side."""
+    """A whole run of `kind` in `folder`/<kind>, made by the first process that asks."""
     folder.mkdir(exist_ok=True)
-    kept = folder / "output.json"
-    with open(folder / "lock", "w") as lock:
+    kept = folder / f"{kind}.json"
+    with open(folder / f"{kind}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.exists():
-            kept.write_text(json.dumps(_run_all(folder)), encoding="utf-8")
-    return good(Finished(kind, folder / kind, *json.loads(kept.read_text(encoding="utf-8"))[kind]))
-
-
-def _run_all(folder: pathlib.Path) -> dict[str, tuple[int, str, str]]:
-    processes = {kind: start(kind, folder / kind) for kind in KINDS}
-    try:
-        output = {kind: process.communicate(timeout=TIMEOUT) for kind, process in processes.items()}
-    finally:
-        for process in processes.values():
-            process.kill()
-    return {kind: (process.returncode, *output[kind]) for kind, process in processes.items()}
+            done = run(kind, folder / kind)
+            kept.write_text(json.dumps([done.stdout, done.stderr]), encoding="utf-8")
+    return Finished(kind, folder / kind, *json.loads(kept.read_text(encoding="utf-8")))
 
 
 def kill_in(stage: str, kind: str, workdir: pathlib.Path, *flags: str) -> None:

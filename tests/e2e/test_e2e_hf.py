@@ -45,6 +45,7 @@ def run(folder, workdir, *flags, method=""):
     train.run(["llmjax", experiment, f"--workdir={workdir}", *SMALL, *flags])
 
 
+@pytest.mark.slow
 def test_sft_of_a_folder_and_back(folder, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("LLMJAX_KEEP_MEMORY", "0")
     run(folder, tmp_path / "run")

@@ -12,7 +12,7 @@ from llmjax.errors import UserError
 from llmjax.tasks.world.builder import WorldRecords
 
 
-@pytest.mark.parametrize("tokenizer", ["bpe", "byte"])
+@pytest.mark.parametrize("tokenizer", [pytest.param("bpe", marks=pytest.mark.slow), "byte"])
 def test_pretraining_on_files(tmp_path, capsys, monkeypatch, tokenizer):
     monkeypatch.setenv("LLMJAX_KEEP_MEMORY", "0")
     texts = list(WorldRecords(tmp_path / "world", "documents", "train", seed=0, size=120))

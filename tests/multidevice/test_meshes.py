@@ -107,7 +107,7 @@ def place(params, specs, mesh):
 def metrics_loss_and_grads(name: str, cfg, mesh):
     specs, loss, batch = objective(name, cfg)
     params = place(tiny.draw(specs), specs, mesh)
-    step = tiny.jit(jax.value_and_grad(lambda p, b: loss(p, b, jax.random.key(3), cfg=cfg), has_aux=True))
+    step = jax.jit(jax.value_and_grad(lambda p, b: loss(p, b, jax.random.key(3), cfg=cfg), has_aux=True))
     with sharding.use_mesh(mesh):
         (value, metrics), grads = step(params, sharding.put_batch(batch, mesh))
     return jax.device_get((metrics, value, grads))
@@ -120,15 +120,11 @@ def on_one_device(name: str, model: str):
 
 # One combined mesh, and each axis alone; the objectives and loops that share their code are not crossed with everything.
 QUICK = [
-    *(("lm", EVERY_KIND, mode, model, "unroll") for mode in MODES for model in tiny.MODELS),
-    ("lm", EVERY_KIND, "explicit", "moe", "scan"),
-    ("lm", EVERY_KIND, "auto", "dense", "scan"),
+    ("lm", EVERY_KIND, "auto", "moe", "unroll"),
     ("lm", "data2-fsdp4", "auto", "dense", "unroll"),
     ("lm", "data4-tensor2", "explicit", "dense", "unroll"),
-    ("lm", "fsdp8", "explicit", "moe", "unroll"),
     ("lm", "expert4-data2", "explicit", "moe", "unroll"),
     ("reward", EVERY_KIND, "auto", "dense", "unroll"),
-    ("reward", "fsdp8", "explicit", "dense", "unroll"),
     ("ppo", EVERY_KIND, "auto", "dense", "unroll"),
 ]
 CASES = tiny.crossed(QUICK, ("lm", "reward", "ppo"), MESHES, MODES, tiny.MODELS, ("unroll", "scan"))
@@ -149,7 +145,7 @@ def test_loss_metrics_and_gradients(name, mesh, mode, model, loop):
 
 
 KINDS = (*FAMILIES, "interleaved")
-QUICK_FAMILIES = [*((name, "explicit", "unroll") for name in KINDS), ("norms", "auto", "scan")]
+QUICK_FAMILIES = [("norms", "auto", "scan")]
 
 
 @pytest.mark.parametrize("model, mode, loop", tiny.crossed(QUICK_FAMILIES, KINDS, MODES, ("unroll", "scan")))
@@ -158,9 +154,7 @@ def test_families(model, mode, loop):
 
 
 QUICK_DISPATCHES = [
-    ("exchange", EVERY_KIND, "explicit"), ("exchange", "expert4-data2", "auto"), ("exchange-many", "expert4-data2", "explicit"),
-    ("many", EVERY_KIND, "explicit"), ("capacity", EVERY_KIND, "explicit"), ("experts-choose", EVERY_KIND, "explicit"),
-    ("hash", "expert4-data2", "explicit"), ("noise", EVERY_KIND, "explicit"),
+    ("exchange-many", "expert4-data2", "auto"), ("noise", "expert4-data2", "explicit"),
 ]  # fmt: skip
 
 
@@ -170,7 +164,7 @@ def test_invariant_23_dispatches(model, mesh, mode):
 
 
 WRITERS = (*FAMILIES, "exchange", "capacity", "hash", "noise")
-QUICK_WRITERS = [("latent", "explicit"), ("sinks", "explicit"), ("exchange", "explicit")]
+QUICK_WRITERS = [("latent", "explicit")]
 
 
 @pytest.mark.parametrize("model, mode", tiny.crossed(QUICK_WRITERS, WRITERS, MODES))
@@ -193,7 +187,7 @@ def trajectory(cfg, mesh):
     with sharding.use_mesh(mesh):
         state = init_state(place(tiny.draw(specs), specs, mesh), tx, abstract)
         step = make_train_step(lambda p, b, key: lm_loss(p, b, key, cfg), tx, abstract)
-        step = step.lower(state, batches[0], key).compile(compiler_options=tiny.QUICK)
+        step = step.lower(state, batches[0], key).compile()
         losses = []
         for batch in batches:
             state, metrics = step(state, batch, key)
@@ -233,15 +227,15 @@ def lora_step(model: str, mesh_name: str | None, mode: str = "auto"):
         return lm_loss(adapt(base, updates, lora), batch, None, cfg)[0]
 
     with sharding.use_mesh(mesh):
-        value, grads = tiny.jit(jax.value_and_grad(loss))(updates, base)
-        merged = tiny.jit(merge, static_argnums=(2, 3))(base, updates, lora, cfg)
+        value, grads = jax.jit(jax.value_and_grad(loss))(updates, base)
+        merged = jax.jit(merge, static_argnums=(2, 3))(base, updates, lora, cfg)
     if mesh is not None:
         stored = jax.tree.leaves(shardings(transformer_spec(cfg), mesh))
         assert all(x.sharding.is_equivalent_to(where, x.ndim) for x, where in zip(jax.tree.leaves(merged), stored))
     return jax.device_get((value, grads, merged))
 
 
-QUICK_LORA = [("dense", "auto"), ("moe", "explicit")]
+QUICK_LORA = [("moe", "explicit")]
 
 
 @pytest.mark.parametrize("model, mode", tiny.crossed(QUICK_LORA, ("dense", "moe", *FAMILIES), MODES))
@@ -267,7 +261,7 @@ def answers(cfg, mesh):
     keys = keys if mesh is None else jax.device_put(keys, NamedSharding(mesh, PartitionSpec(sharding.BATCH_AXES)))
     options = dict(cfg=cfg, sampling=SamplingConfig(max_new_tokens=6), stop_ids=(7, 8), pad_id=0)
     with sharding.use_mesh(mesh):
-        answer = tiny.jit(partial(generate.__wrapped__, **options))
+        answer = jax.jit(partial(generate.__wrapped__, **options))
         return jax.device_get(answer(place(tiny.draw(specs), specs, mesh), batch["tokens"], batch["segment_ids"], keys))
 
 
@@ -286,7 +280,7 @@ def experience(cfg, mesh):
         return rollout.batch() | added, metrics | more
 
     with sharding.use_mesh(mesh):
-        return jax.device_get(tiny.jit(score)(*models, batch, made))
+        return jax.device_get(jax.jit(score)(*models, batch, made))
 
 
 @cache
@@ -315,7 +309,7 @@ def test_generated_tokens(where, mode):
     np.testing.assert_allclose(got.log_probs, expected.log_probs, atol=1e-5)
 
 
-@on_two_meshes
+@pytest.mark.parametrize("where, mode", tiny.crossed([(WRITING[0], "auto")], WRITING, MODES))
 def test_experience(where, mode):
     mesh, model = where
     got, expected = experience(model_config(model), make(mesh, mode)), experience_on_one_device(model_config(model))
@@ -361,7 +355,7 @@ def learnt_on_one_device(name: str, model: str):
     return learnt(name, model_config(model), None)
 
 
-QUICK_LEARNERS = [("PPO", EVERY_KIND, "auto", "dense"), ("GRPO", "fsdp8", "explicit", "dense")]
+QUICK_LEARNERS = [("GRPO", "fsdp8", "explicit", "dense")]
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def on_mesh(ids, args, mesh: str, factor: float = 0.0):
         return jnp.sum(jnp.square(y)), dropped
 
     with sharding.use_mesh(mesh):
-        return jax.device_get(tiny.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(*args))
+        return jax.device_get(jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(*args))
 
 
 def every_expert(ids, args):
@@ -106,9 +106,9 @@ def every_expert(ids, args):
 KINDS = ("even", "uneven", "empty", "one")
 SIZES = ((8, 1), (8, 2), (8, 8), (64, 1), (64, 8))
 QUICK_SIZES = [
-    *(((8, 2), kind) for kind in KINDS), ((8, 1), "even"), ((8, 8), "uneven"), ((64, 8), "uneven"),
+    ((8, 2), "empty"), ((8, 2), "one"), ((64, 8), "uneven"),
 ]  # fmt: skip
-QUICK_ROOM = [("expert8", 0.25), ("expert8", 0.7), ("expert8", 1.0), ("expert8", 100.0), (EVERY_KIND, 0.7)]
+QUICK_ROOM = [("expert8", 0.25), ("expert8", 100.0), (EVERY_KIND, 0.7)]
 
 
 @pytest.mark.parametrize("size, kind", tiny.crossed(QUICK_SIZES, SIZES, KINDS))

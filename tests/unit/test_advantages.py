@@ -1,5 +1,6 @@
 """Rewards, advantages and whitening against loops that follow the papers."""
 
+import jax
 import numpy as np
 import pytest
 import tiny
@@ -52,14 +53,14 @@ def test_a_score_arrives_exactly():
 @pytest.mark.parametrize("gamma, lam", [(1.0, 0.95), (0.9, 0.8), (1.0, 0.0), (1.0, 1.0), (0.0, 0.5)])
 def test_gae_by_loops(gamma, lam):
     lengths, mask, _, _, rewards, values = some_rows()
-    advantages, returns = tiny.jit(gae)(rewards, values, mask, gamma, lam)
+    advantages, returns = jax.jit(gae)(rewards, values, mask, gamma, lam)
     np.testing.assert_allclose(advantages, gae_by_loops(rewards, values, lengths, gamma, lam), atol=1e-5)
     np.testing.assert_allclose(returns, (advantages + values) * mask, atol=1e-6)
 
 
 def test_lambda_one_is_returns_to_go_minus_value():
     _, mask, _, _, rewards, values = some_rows()
-    advantages, returns = tiny.jit(gae)(rewards, values, mask, 1.0, 1.0)
+    advantages, returns = jax.jit(gae)(rewards, values, mask, 1.0, 1.0)
     to_go = np.cumsum(rewards[:, ::-1], axis=1)[:, ::-1] * mask
     np.testing.assert_allclose(advantages, to_go - values, atol=1e-5)
     np.testing.assert_allclose(returns, to_go, atol=1e-5)
@@ -67,15 +68,15 @@ def test_lambda_one_is_returns_to_go_minus_value():
 
 def test_lambda_zero_is_the_temporal_difference():
     _, mask, _, _, rewards, values = some_rows()
-    advantages, _ = tiny.jit(gae)(rewards, values, mask, 0.9, 0.0)
+    advantages, _ = jax.jit(gae)(rewards, values, mask, 0.9, 0.0)
     after = np.pad(values, ((0, 0), (0, 1)))[:, 1:]
     np.testing.assert_allclose(advantages, mask * (rewards + 0.9 * after - values), atol=1e-5)
 
 
 def test_what_lies_outside_the_mask_does_not_matter():
     _, mask, _, _, rewards, values = some_rows()
-    expected = tiny.jit(gae)(rewards, values, mask, 0.9, 0.8)
-    got = tiny.jit(gae)(rewards + 7 * (1 - mask), values - 9 * (1 - mask), mask, 0.9, 0.8)
+    expected = jax.jit(gae)(rewards, values, mask, 0.9, 0.8)
+    got = jax.jit(gae)(rewards + 7 * (1 - mask), values - 9 * (1 - mask), mask, 0.9, 0.8)
     tiny.assert_trees_close(got, expected, 1e-6)
     assert np.all(np.asarray(got[0])[mask == 0] == 0) and np.all(np.asarray(got[1])[mask == 0] == 0)
 

@@ -1,5 +1,6 @@
 """Attention: equal to its definition, causal, blind to padding and to packed neighbours."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -36,8 +37,8 @@ def test_both_forms_equal_the_loop(length, heads, kv_heads):
     causal = np.tril(np.ones((length, length), bool))
     mask = causal & (segments[:, :, None] == segments[:, None, :])
     expected = attention_by_loops(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), segments)
-    np.testing.assert_allclose(tiny.jit(dot_product_attention)(q, k, v, mask, 6**-0.5), expected, atol=2e-6)
-    np.testing.assert_allclose(tiny.jit(blocked_attention)(q, k, v, segments, 6**-0.5), expected, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(dot_product_attention)(q, k, v, mask, 6**-0.5), expected, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(blocked_attention)(q, k, v, segments, 6**-0.5), expected, atol=2e-6)
 
 
 def test_gradients_of_both_forms_are_equal():

@@ -18,7 +18,7 @@ SAMPLING = SamplingConfig(max_new_tokens=NEW, temperature=0.6)
 GREEDY = SamplingConfig(max_new_tokens=NEW, temperature=0.0)
 NEVER = (-1,)
 # `generate` itself, compiled once for all ids that stop.
-generate_any_end = tiny.jit(generate.__wrapped__, static_argnames=("cfg", "sampling"))
+generate_any_end = jax.jit(generate.__wrapped__, static_argnames=("cfg", "sampling"))
 
 
 def prompts(cfg, seed: int = 0):
@@ -53,8 +53,8 @@ def full_logits(params, cfg, generation):
 def test_invariant_12_every_cached_step_equals_the_full_forward_pass(cfg):
     params, (tokens, segments) = tiny.language_model(cfg), prompts(cfg)
     text = tiny.tokens(cfg, len(LENGTHS), 5, seed=7)
-    state = tiny.jit(partial(prefill, cfg=cfg, size=PROMPT + 5))(params, jnp.asarray(tokens), jnp.asarray(segments))
-    step = tiny.jit(partial(decode_step, cfg=cfg))
+    state = jax.jit(partial(prefill, cfg=cfg, size=PROMPT + 5))(params, jnp.asarray(tokens), jnp.asarray(segments))
+    step = jax.jit(partial(decode_step, cfg=cfg))
     whole = np.concatenate([tokens, text], axis=1)
     full = tiny.logits(params, whole, cfg, segments=np.concatenate([segments, np.ones_like(text)], axis=1))
     for t in range(5):

@@ -4,7 +4,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from llmjax.models.dispatch import block_form, expert_ffn, expert_ffn_blocks, expert_ffn_loop, expert_ffn_ragged
 
@@ -69,8 +68,8 @@ def scanned_loop(x, ids, weights, gate, up, down):
 
 def assert_equal_to_the_loop(forms, num_experts: int, choices: int, names=None):
     *args, out = (jnp.asarray(a) for a in inputs(num_experts, choices))
-    loop = tiny.jit(value_and_grads(expert_ffn_loop if num_experts <= 8 else scanned_loop))
-    compiled = [tiny.jit(value_and_grads(form)) for form in forms]
+    loop = jax.jit(value_and_grads(expert_ffn_loop if num_experts <= 8 else scanned_loop))
+    compiled = [jax.jit(value_and_grads(form)) for form in forms]
     every = routings(num_experts, choices)
     for name in names or every:
         ids = jnp.asarray(every[name], jnp.int32)
@@ -107,7 +106,7 @@ def test_blocks_without_gradients_give_the_same_values():
     x, weights, *experts, _ = inputs(8, 2)
     ids = jnp.asarray(routings(8, 2)["uneven"], jnp.int32)
     expected = expert_ffn_loop(x, ids, weights, *experts)
-    np.testing.assert_allclose(tiny.jit(blocks(4, 16, 4))(x, ids, weights, *experts), expected, atol=2e-5)
+    np.testing.assert_allclose(jax.jit(blocks(4, 16, 4))(x, ids, weights, *experts), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("form", [expert_ffn, expert_ffn_ragged])
@@ -118,7 +117,7 @@ def test_invariant_10_a_choice_that_goes_nowhere_contributes_nothing_whatever_it
 def test_an_expert_that_serves_nobody_gets_no_gradient():
     *args, out = inputs(8, 2)
     ids = jnp.asarray(np.random.default_rng(0).integers(0, 4, (T, 2)), jnp.int32)
-    grads, _ = tiny.jit(value_and_grads(expert_ffn))(*args, ids, out)
+    grads, _ = jax.jit(value_and_grads(expert_ffn))(*args, ids, out)
     for grad in grads[2:]:
         assert np.all(grad[4:] == 0) and np.all(np.any(grad[:4] != 0, axis=(1, 2)))
 

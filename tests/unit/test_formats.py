@@ -877,7 +877,7 @@ def test_bad_configs(fields, error):
     ("mixture", "error"),
     [
         (Mixture({}), "a mixture of no sources"),
-        (Mixture({"a": Dialogues(path="a"), "b": Text(path="b")}), "a mixture of Dialogue and str; mix sources of one kind"),
+        (Mixture({"a": Dialogues(path="a"), "b": Text(path="b")}), "a mixture of dialogues and documents; mix"),
         (Mixture({"a": Dialogues(path="a")}, {"b": 1.0}), "weights: 'b' is no source; there is a"),
         (Mixture({"a": Dialogues(path="a")}, {"a": 0.0}), "weights: a=0.0 must be positive and finite"),
         (Mixture({"a": Dialogues(path="a")}, {"a": -1.0}), "weights: a=-1.0 must be positive and finite"),

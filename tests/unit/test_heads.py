@@ -1,5 +1,6 @@
 """The scalar head: an affine map of hidden states, read at the last real token."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,8 +16,8 @@ both = pytest.mark.parametrize("cfg", tiny.MODELS.values(), ids=tiny.MODELS.keys
 def test_scalars_are_an_affine_map_of_hidden_states(cfg):
     params, text = tiny.scalar_model(cfg), tiny.tokens(cfg, 2, 6)
     params = params.replace(bias=jnp.asarray([0.3]))
-    x, _, _ = tiny.jit(lambda p, t: hidden_states(p, t, cfg))(params.backbone, text)
-    got, _ = tiny.jit(lambda p, t: scalars(p, t, cfg))(params, text)
+    x, _, _ = jax.jit(lambda p, t: hidden_states(p, t, cfg))(params.backbone, text)
+    got, _ = jax.jit(lambda p, t: scalars(p, t, cfg))(params, text)
     assert got.shape == (2, 6) and got.dtype == jnp.float32
     np.testing.assert_allclose(got, (np.asarray(x) @ np.asarray(params.weight))[..., 0] + 0.3, atol=1e-5)
 

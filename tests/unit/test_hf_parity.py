@@ -72,8 +72,8 @@ def test_cached_decoding_and_greedy_tokens(case):
     assert full.shape == (2, 40)
     want = peers.logits(peer, full)
     mask = np.ones((2, 8), np.int32)
-    state = tiny.jit(prefill, static_argnames=("cfg", "size"))(params, prompt, mask, cfg=cfg, size=40)
-    step = tiny.jit(decode_step, static_argnames="cfg")
+    state = jax.jit(prefill, static_argnames=("cfg", "size"))(params, prompt, mask, cfg=cfg, size=40)
+    step = jax.jit(decode_step, static_argnames="cfg")
     for t in range(8, 40):
         assert np.max(np.abs(np.asarray(state.logits) - want[:, t - 1])) <= TOLERANCE, f"token {t}"
         np.testing.assert_array_equal(np.argmax(state.logits, axis=-1), full[:, t])

@@ -1,8 +1,8 @@
 """RMSNorm, RoPE and SwiGLU against NumPy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-import tiny
 
 from llmjax.models.layers import Mlp, activation, apply_rope, embed_tokens, gated_mlp, rms_norm, rope_table
 
@@ -37,7 +37,7 @@ def test_scores_of_rotated_queries_and_keys_depend_on_distance_only():
     rng = np.random.default_rng(0)
     q, k = rng.normal(size=(2, 1, 1, 1, 16)).astype(np.float32)
 
-    @tiny.jit
+    @jax.jit
     def score(query_at, key_at):
         q_turned = apply_rope(q, rope_table(query_at[None, None], 16, 10_000.0))
         return jnp.sum(q_turned * apply_rope(k, rope_table(key_at[None, None], 16, 10_000.0)))

@@ -42,7 +42,7 @@ def test_fused_cross_entropy_is_plain_cross_entropy(num_chunks):
         lambda x, t: scale * fused_cross_entropy(x, t, targets, weights, num_chunks), x, table
     )
     tiny.assert_trees_close(got, expected, 1e-5)
-    value = tiny.jit(fused_cross_entropy, static_argnums=4)(x, table, targets, weights, num_chunks)
+    value = jax.jit(fused_cross_entropy, static_argnums=4)(x, table, targets, weights, num_chunks)
     np.testing.assert_allclose(scale * value, expected[0], rtol=1e-6)
 
 
@@ -69,7 +69,7 @@ def test_cross_entropy_sum_splits_the_tokens_into_chunks_that_fit(monkeypatch):
 @both
 def test_the_loss_is_the_mean_over_loss_tokens_of_the_negative_log_likelihood(cfg):
     params, batch = tiny.language_model(cfg), tiny.lm_batch(cfg, 3, 8)
-    loss, metrics = tiny.jit(lambda p: lm_loss(p, batch, None, cfg))(params)
+    loss, metrics = jax.jit(lambda p: lm_loss(p, batch, None, cfg))(params)
     logits = tiny.logits(params, batch["inputs"], cfg, segments=batch["segment_ids"], positions=batch["positions"])
     nll = -np.take_along_axis(log_softmax(logits), batch["targets"][..., None], axis=-1)[..., 0]
     mask = batch["loss_mask"]
@@ -89,7 +89,7 @@ def test_targets_outside_the_loss_mask_do_not_matter(cfg):
     params, batch = tiny.language_model(cfg), tiny.lm_batch(cfg, 2, 8)
     other = batch | {"targets": np.where(batch["loss_mask"] > 0, batch["targets"], 5)}
     assert np.any(other["targets"] != batch["targets"])
-    step = tiny.jit(jax.value_and_grad(lambda p, b: lm_loss(p, b, None, cfg)[0]))
+    step = jax.jit(jax.value_and_grad(lambda p, b: lm_loss(p, b, None, cfg)[0]))
     tiny.assert_trees_equal(step(params, other), step(params, batch))
 
 
@@ -103,7 +103,7 @@ def test_padding_does_not_dilute_the_mean():
     cfg, batch = tiny.DENSE, tiny.lm_batch(tiny.DENSE, 2, 8)
     params = tiny.language_model(cfg)
     more = {k: np.concatenate([v, np.zeros_like(v)]) for k, v in batch.items()}
-    loss = tiny.jit(lambda p, b: lm_loss(p, b, None, cfg)[0])
+    loss = jax.jit(lambda p, b: lm_loss(p, b, None, cfg)[0])
     np.testing.assert_allclose(loss(params, more), loss(params, batch), rtol=1e-6)
     nothing = batch | {"loss_mask": np.zeros_like(batch["loss_mask"])}
     assert loss(params, nothing) == 0
@@ -114,7 +114,7 @@ def test_token_log_probs_and_entropy(temperature):
     rng = np.random.default_rng(0)
     logits, targets = rng.normal(size=(2, 3, V)).astype(np.float32) * 3, rng.integers(0, V, (2, 3))
     expected = log_softmax(logits / temperature)
-    got, entropy = tiny.jit(token_log_probs, static_argnums=2)(logits, targets, temperature)
+    got, entropy = jax.jit(token_log_probs, static_argnums=2)(logits, targets, temperature)
     np.testing.assert_allclose(got, np.take_along_axis(expected, targets[..., None], axis=-1)[..., 0], atol=1e-5)
     np.testing.assert_allclose(entropy, -np.sum(np.exp(expected) * expected, axis=-1), atol=1e-5)
 

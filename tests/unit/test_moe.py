@@ -17,7 +17,7 @@ from llmjax.models.routers import route
 
 CFG = tiny.SPARSE.moe
 E = CFG.num_experts
-layer = tiny.jit(moe_layer, static_argnames="cfg")
+layer = jax.jit(moe_layer, static_argnames="cfg")
 
 
 def layer_weights(seed: int = 0) -> Moe:

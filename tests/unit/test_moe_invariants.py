@@ -51,7 +51,7 @@ def layer(cfg, x=None, segments=None, seed=0, **options):
     """(y, stats) of a random layer."""
     x = activations() if x is None else x
     segments = np.ones(x.shape[:2], np.int32) if segments is None else segments
-    run = tiny.jit(partial(moe_layer, cfg=cfg, **options))
+    run = jax.jit(partial(moe_layer, cfg=cfg, **options))
     return run(tiny.draw(moe_spec(cfg), seed), x, segments)
 
 
@@ -205,9 +205,9 @@ def test_invariant_12_decoding_never_drops_and_equals_the_model_without_a_capaci
     params, text = tiny.language_model(tight), tiny.tokens(tight, 2, 10)
     want = tiny.logits(params, text, free)
     assert np.max(np.abs(tiny.logits(params, text, tight) - want)) > 0.1
-    start = tiny.jit(prefill, static_argnames=("cfg", "size"))
+    start = jax.jit(prefill, static_argnames=("cfg", "size"))
     state = start(params, text[:, :6], np.ones((2, 6), np.int32), cfg=tight, size=10)
-    step = tiny.jit(decode_step, static_argnames="cfg")
+    step = jax.jit(decode_step, static_argnames="cfg")
     for t in range(6, 10):
         np.testing.assert_allclose(state.logits, want[:, t - 1], atol=2e-5)
         state = step(params, state, jnp.asarray(text[:, t]), cfg=tight)
@@ -274,7 +274,7 @@ def test_invariant_21_statistics_keep_their_bounds():
     assert 0 < stats.entropy <= np.log(E) and jnp.max(stats.load) * E >= 1 and stats.dropped == 0
 
 
-@pytest.mark.parametrize("mesh", [dict(data=8), dict(fsdp=2, expert=4)], ids=str)
+@pytest.mark.parametrize("mesh", [pytest.param(dict(data=8), marks=pytest.mark.slow), dict(fsdp=2, expert=4)], ids=str)
 def test_invariant_19_losses_and_statistics_are_of_the_whole_batch_however_it_is_split(mesh):
     x = np.concatenate([activations(), activations(1), activations(2)])[:8] * np.linspace(0.2, 3, 8)[:, None, None]
     segments = np.where(np.arange(T) < np.arange(5, 13)[:, None], 1, 0).astype(np.int32)
@@ -286,7 +286,7 @@ def test_invariant_19_losses_and_statistics_are_of_the_whole_batch_however_it_is
     assert abs(np.mean(each) - want.load_balance) > 1e-2  # the mean over the shards would be something else
 
 
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("remat", tiny.crossed([(True,)], [False, True]))
 def test_invariant_20_the_bias_moves_by_the_sign_of_the_load_once_a_step(remat):
     cfg = dataclasses.replace(config(scoring="sigmoid", selection_bias=True, bias_update_rate=0.25), remat=remat)
     specs, batch = transformer_spec(cfg), tiny.lm_batch(cfg, 4, T)
@@ -309,7 +309,7 @@ def test_invariant_20_the_bias_evens_out_the_load():
     cfg = config(scoring="sigmoid", selection_bias=True, bias_update_rate=0.02)
     w, x = tiny.draw(moe_spec(cfg)), jnp.asarray(activations(3))
     bias, first = jnp.zeros(E), None
-    run = tiny.jit(partial(moe_layer, cfg=cfg))
+    run = jax.jit(partial(moe_layer, cfg=cfg))
     for _ in range(60):
         _, stats = run(w.replace(selection_bias=bias), x, np.ones(x.shape[:2], np.int32))
         first = stats.load if first is None else first
@@ -328,7 +328,7 @@ def on_mesh(cfg, mesh, x, segments, seed=0):
     with sharding.use_mesh(mesh):
         batch = sharding.put_batch({"x": x, "segments": segments}, mesh)
         w = jax.device_put(tiny.draw(moe_spec(cfg), seed))
-        return jax.device_get(tiny.jit(partial(moe_layer, cfg=cfg))(w, batch["x"], batch["segments"]))
+        return jax.device_get(jax.jit(partial(moe_layer, cfg=cfg))(w, batch["x"], batch["segments"]))
 
 
 def value_and_grads_of(cfg, mesh):
@@ -338,7 +338,7 @@ def value_and_grads_of(cfg, mesh):
         y = moe_layer(w, x, segments, cfg)[0]
         return jnp.sum(jnp.square(y)), y
 
-    grads = tiny.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
+    grads = jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
 
     def run(w, x, segments):
         with sharding.use_mesh(mesh):
@@ -349,9 +349,12 @@ def value_and_grads_of(cfg, mesh):
     return run
 
 
-@pytest.mark.parametrize("way", ["all_gather", "all_to_all"])
-@pytest.mark.parametrize("num_experts, top_k", [(8, 1), (8, 2), (8, 8), (64, 1), (64, 2), (64, 8)])
-def test_invariant_22_experts_on_8_devices_are_those_of_one(num_experts, top_k, way):
+@pytest.mark.parametrize("size, way", tiny.crossed(
+    [((8, 2), "all_gather"), ((64, 8), "all_to_all")],
+    [(8, 1), (8, 2), (8, 8), (64, 1), (64, 2), (64, 8)], ["all_gather", "all_to_all"],
+))  # fmt: skip
+def test_invariant_22_experts_on_8_devices_are_those_of_one(size, way):
+    num_experts, top_k = size
     """In value and gradient; with loads as they come, uneven ones, empty experts, and all tokens to the same."""
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
@@ -408,6 +411,7 @@ def test_invariant_22_what_does_not_fit_into_the_exchange_is_counted(factor):
 # Reinforcement learning
 
 
+@pytest.mark.slow
 def test_invariant_27_replayed_routes_are_taken_and_the_router_keeps_its_gradient():
     cfg = config()
     params, other, text = tiny.language_model(cfg), tiny.language_model(cfg, 1), tiny.tokens(cfg, 2, T)
@@ -423,6 +427,7 @@ def test_invariant_27_replayed_routes_are_taken_and_the_router_keeps_its_gradien
     assert np.all(np.any(np.asarray(grads.blocks.mlp.router) != 0, axis=(1, 2)))
 
 
+@pytest.mark.slow
 def test_invariant_28_with_replay_a_sparse_models_log_probs_are_as_close_as_a_dense_ones():
     """bfloat16 decoding from a cache against a float32 pass over the whole text: the gap that makes RL go wrong."""
     gaps, disagree = {}, None
@@ -430,7 +435,7 @@ def test_invariant_28_with_replay_a_sparse_models_log_probs_are_as_close_as_a_de
         cfg = dataclasses.replace(cfg, num_layers=4)
         sampler = dataclasses.replace(cfg, dtype="bfloat16")
         params, text = tiny.language_model(cfg), tiny.tokens(cfg, 8, 24)
-        step = tiny.jit(partial(hidden_states, cfg=sampler))
+        step = jax.jit(partial(hidden_states, cfg=sampler))
         cache, routes, sampled = init_cache(sampler, 8, 24), [], []
         for t in range(24):
             x, cache, stats = step(

@@ -48,7 +48,7 @@ def test_loss_is_the_mean_over_modules_within_documents():
                     nats, tokens = nats - log_probs[row, t, batch["targets"][row, t + module + 1]], tokens + 1
         losses.append(nats / tokens)
         known = np.roll(known, -1, axis=1)
-    loss, metrics = tiny.jit(lm_loss, static_argnums=3)(params, batch, None, cfg)
+    loss, metrics = jax.jit(lm_loss, static_argnums=3)(params, batch, None, cfg)
     np.testing.assert_allclose(metrics["mtp_loss"], np.mean(losses), rtol=1e-5)
     np.testing.assert_allclose(loss, metrics["loss"] + 0.3 * metrics["mtp_loss"], rtol=1e-6)
 
@@ -72,7 +72,7 @@ def test_no_module_sees_what_it_predicts():
 @pytest.mark.parametrize("name", MODELS)
 def test_it_is_trained_and_counted(name):
     cfg, batch = MODELS[name], tiny.lm_batch(MODELS[name], 2, 12)
-    loss_and_grads = tiny.jit(jax.value_and_grad(lm_loss, has_aux=True), static_argnums=3)
+    loss_and_grads = jax.jit(jax.value_and_grad(lm_loss, has_aux=True), static_argnums=3)
     (_, metrics), grads = loss_and_grads(tiny.language_model(cfg), batch, None, cfg)
     assert all(np.any(np.asarray(leaf)) for leaf in jax.tree.leaves(grads.mtp))
     assert name != "moe" or metrics["moe/load"].shape == (4, 4)  # the routers of two layers and two modules
@@ -110,7 +110,7 @@ def test_against_the_peers_blocks_and_through_a_folder(tmp_path):
     inputs, known = text[:, :-1], text[:, 1:]
     places = np.broadcast_to(np.arange(12, dtype=np.int32), inputs.shape)
 
-    @tiny.jit
+    @jax.jit
     def predict(params):
         hidden, _, _ = hidden_states(params, inputs, cfg)
         rows = dict(positions_BT=places, segment_ids_BT=np.ones_like(inputs))

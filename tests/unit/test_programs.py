@@ -174,7 +174,7 @@ class Watched:
     def __call__(self, *args):
         lowered = self.fn.lower(*args)
         self.texts[self.name] = hlo(lowered)
-        return lowered.compile(compiler_options=tiny.QUICK)(*args)
+        return lowered.compile()(*args)
 
 
 @pytest.mark.parametrize("name", STAGES)

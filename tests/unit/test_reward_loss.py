@@ -122,7 +122,7 @@ def test_far_apart_rewards_stay_finite():
 @both
 def test_the_reward_does_not_depend_on_padding_nor_on_other_rows(cfg):
     params, text, width = tiny.scalar_model(cfg), tiny.tokens(cfg, 1, 6)[0], 14
-    score = tiny.jit(lambda p, t, s: reward_of(p, t, s, cfg)[0])
+    score = jax.jit(lambda p, t, s: reward_of(p, t, s, cfg)[0])
     lefts = range(0, width - 5, 2)  # the text at every place, between paddings
     segments = np.stack([np.pad(np.ones(6, np.int32), (left, width - 6 - left)) for left in lefts])
     tokens = np.stack([np.pad(text, (left, width - 6 - left), constant_values=9) for left in lefts])
@@ -137,9 +137,9 @@ def test_the_reward_does_not_depend_on_padding_nor_on_other_rows(cfg):
 @both
 def test_the_loss_of_a_batch_is_that_of_its_rewards(cfg):
     params, batch = tiny.scalar_model(cfg), tiny.rankings(cfg, 3, 4, 8)
-    loss, metrics = tiny.jit(lambda p: reward_loss(p, batch, None, cfg))(params)
+    loss, metrics = jax.jit(lambda p: reward_loss(p, batch, None, cfg))(params)
     flat = batch["tokens"].reshape(12, 8), batch["segment_ids"].reshape(12, 8)
-    rewards = np.asarray(tiny.jit(lambda p: reward_of(p, *flat, cfg)[0])(params)).reshape(3, 4)
+    rewards = np.asarray(jax.jit(lambda p: reward_of(p, *flat, cfg)[0])(params)).reshape(3, 4)
     np.testing.assert_allclose(metrics["loss"], by_pairs(rewards, batch["ranks"]), rtol=1e-5)
     np.testing.assert_allclose(metrics["reward_mean"], rewards.mean(), atol=1e-6)
     np.testing.assert_allclose(metrics["reward_std"], rewards.std(), rtol=1e-5)

@@ -27,10 +27,10 @@ ALGORITHM = PPO(kl_coef=0.1)
 SCORES = np.random.default_rng(0).normal(size=ROWS).astype(np.float32)
 
 # `generate` itself, compiled once for all ids that stop.
-generate_any_end = tiny.jit(generate.__wrapped__, static_argnames=("cfg", "sampling"))
-loss = tiny.jit(policy_loss, static_argnums=(3, 4, 5))
-of_rollout = tiny.jit(score_rollout, static_argnums=(6, 7))
-advantages = tiny.jit(lambda rollout, algorithm: algorithm.advantages(rollout), static_argnums=1)
+generate_any_end = jax.jit(generate.__wrapped__, static_argnames=("cfg", "sampling"))
+loss = jax.jit(policy_loss, static_argnums=(3, 4, 5))
+of_rollout = jax.jit(score_rollout, static_argnums=(6, 7))
+advantages = jax.jit(lambda rollout, algorithm: algorithm.advantages(rollout), static_argnums=1)
 
 
 def score(params, reference, cfg, made, algorithm=ALGORITHM, temperature=1.0, scores=SCORES):
@@ -94,7 +94,7 @@ def test_kl_is_the_mean_over_rows_of_the_summed_log_ratio():
     cfg, params, reference = tiny.DENSE, tiny.actor_critic(tiny.DENSE), tiny.language_model(tiny.DENSE, 5)
     made = answers(cfg, params.policy)
     batch, metrics = score(params, reference, cfg, made)
-    of = tiny.jit(lambda p: response_log_probs(p, batch, cfg, 1.0)[0])
+    of = jax.jit(lambda p: response_log_probs(p, batch, cfg, 1.0)[0])
     ours, theirs = (np.asarray(of(p)) * made.mask for p in (params.policy, reference))
     np.testing.assert_allclose(batch["old_log_probs"], ours, atol=1e-6)
     np.testing.assert_allclose(batch["ref_log_probs"], theirs, atol=1e-6)
@@ -108,7 +108,7 @@ def test_without_a_critic_there_are_no_values():
     made, reference = answers(cfg, params.policy), tiny.language_model(tiny.DENSE, 5)
     args = reference, *prompts(cfg), made, jnp.asarray(SCORES), cfg, 1.0
     (whole, metrics), (alone, same) = of_rollout(params, *args), of_rollout(params.replace(critic=None), *args)
-    values, _ = tiny.jit(lambda p: response_values(p, whole.batch(), cfg))(params.critic)
+    values, _ = jax.jit(lambda p: response_values(p, whole.batch(), cfg))(params.critic)
     np.testing.assert_allclose(whole.values, values * made.mask, atol=1e-6)
     assert alone.values is None and "old_values" not in alone.batch()
     tiny.assert_trees_equal(alone, whole.replace(values=None))
@@ -211,7 +211,7 @@ def test_the_reward_of_a_model_is_its_score_at_the_last_token(cfg):
     model, (tokens, segments) = tiny.scalar_model(cfg, 6), prompts(cfg)
     made = answers(cfg, tiny.language_model(cfg))
     joined = join_response(tokens, segments, made)
-    expected = tiny.jit(lambda p: reward_of(p, joined["tokens"], joined["segment_ids"], cfg)[0])(model)
+    expected = jax.jit(lambda p: reward_of(p, joined["tokens"], joined["segment_ids"], cfg)[0])(model)
     asked = [row[real > 0].tolist() for row, real in zip(np.asarray(tokens), np.asarray(segments))]
     context = SimpleNamespace(
         load=lambda stage, specs: {"judge": model}[stage], model=cfg, mesh=None,

@@ -4,12 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 
 from llmjax.errors import UserError
 from llmjax.generation.sampling import SamplingConfig, restrict, sample
 
-draw = tiny.jit(sample, static_argnames="cfg")
+draw = jax.jit(sample, static_argnames="cfg")
 V = 12
 
 

@@ -40,7 +40,8 @@ CASES = {
     "windows-differ-remat": dataclasses.replace(MIXED, sliding_window=3, global_every=3, remat=True),
     "mtp": dataclasses.replace(MIXED, num_mtp_layers=1),
 }
-cases = pytest.mark.parametrize("cfg", CASES.values(), ids=CASES.keys())
+cases = pytest.mark.parametrize("name", tiny.crossed([("mixed",)], CASES))
+LOOPS = ("unroll", "scan")
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -62,7 +63,8 @@ def test_a_dense_model_has_one_stack():
 
 
 @cases
-def test_scanned_equals_unrolled(cfg):
+def test_scanned_equals_unrolled(name):
+    cfg = CASES[name]
     params, text = tiny.language_model(cfg), tiny.tokens(cfg, 2, 8)
     batch = tiny.lm_batch(cfg, 2, 8)
     results = []
@@ -75,7 +77,7 @@ def test_scanned_equals_unrolled(cfg):
     tiny.assert_trees_close(results[1], results[0], 2e-5)
 
 
-@pytest.mark.parametrize("loop", ["unroll", "scan"])
+@pytest.mark.parametrize("loop", tiny.crossed([("scan",)], LOOPS))
 def test_recorded_routes_are_taken_again_and_noise_goes_with_the_key(loop):
     cfg = dataclasses.replace(MIXED, layer_loop=loop, moe=dataclasses.replace(MIXED.moe, router_noise=4.0))
     params, text = tiny.language_model(cfg), tiny.tokens(cfg, 2, 8)
@@ -87,19 +89,19 @@ def test_recorded_routes_are_taken_again_and_noise_goes_with_the_key(loop):
 
 
 @cases
-def test_cached_decoding_equals_the_full_forward_pass(cfg):
+def test_cached_decoding_equals_the_full_forward_pass(name):
+    cfg = CASES[name]
     params, text = tiny.language_model(cfg), tiny.tokens(cfg, 2, 10)
     want = tiny.logits(params, text, cfg)
-    state = tiny.jit(prefill, static_argnames=("cfg", "size"))(params, text[:, :5], np.ones((2, 5), np.int32), cfg=cfg, size=10)
-    step = tiny.jit(decode_step, static_argnames="cfg")
+    state = jax.jit(prefill, static_argnames=("cfg", "size"))(params, text[:, :5], np.ones((2, 5), np.int32), cfg=cfg, size=10)
+    step = jax.jit(decode_step, static_argnames="cfg")
     for t in range(5, 10):
         np.testing.assert_allclose(state.logits, want[:, t - 1], atol=2e-5)
         state = step(params, state, jnp.asarray(text[:, t]), cfg=cfg)
     np.testing.assert_allclose(state.logits, want[:, 9], atol=2e-5)
 
 
-@pytest.mark.parametrize("loop", ["unroll", "scan"])
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout, loop", tiny.crossed([("DSDSD", "unroll"), ("DDSDSD", "scan")], LAYOUTS, LOOPS))
 def test_experts_that_are_copies_of_dense_layers_make_the_dense_model(layout, loop):
     dense = dataclasses.replace(tiny.DENSE, num_layers=len(layout), sliding_window=3, global_every=2)
     cfg = model(*LAYOUTS[layout], sliding_window=3, global_every=2, layer_loop=loop)

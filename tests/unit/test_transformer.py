@@ -36,8 +36,9 @@ def loss_and_grads(cfg):
     return loss, grads
 
 
-@both
-def test_scan_and_remat_change_neither_loss_nor_gradients(cfg):
+@pytest.mark.parametrize("name", tiny.crossed([("dense",)], tiny.MODELS))
+def test_scan_and_remat_change_neither_loss_nor_gradients(name):
+    cfg = tiny.MODELS[name]
     expected = loss_and_grads(cfg)
     for change in (dict(layer_loop="scan"), dict(remat=True)):
         tiny.assert_trees_close(loss_and_grads(dataclasses.replace(cfg, **change)), expected, 1e-5)
