@@ -8,7 +8,7 @@ The reward is 1 if the last number of an answer is the right one. Of sums up to 
 right answers rises from 20 % to 97 % within five minutes on two cores; of the same sums, each asked in a fourth way, from
 16 +- 8 % to 64 +- 10 % (seed 0). What the reward does not look at gets worse: "5 + 4? -> The sum of 5 and 6 is 9."
 
-With a folder behind the colon the prompts are your own, records with a question and an answer as gsm8k has them ("... #### 72").
+With a folder behind the colon the prompts are your own: records with a question and an answer, as in gsm8k ("... #### 72").
 A step of a real model writes 64 answers of up to 256 tokens, so it wants an accelerator.
 """
 
