@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
+from llmjax.config import fingerprint
 from llmjax.errors import UserError
 
 
@@ -65,6 +66,14 @@ class Data:
     def inputs(self) -> tuple[Any, ...]:
         """The stages whose models it needs (`llmjax.stages.base.Input`)."""
         return ()
+
+
+def read_once(data: Data, place: Place, opened: dict[str, Splits]) -> Splits:
+    """The splits of a source, read and checked if they are not in `opened`, by the fingerprint of its config."""
+    config = fingerprint(data)
+    if config not in opened:
+        opened[config] = data.read(place)
+    return opened[config]
 
 
 def plural(kind: type) -> str:

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 import jax
 from rich.console import Console
 
-from llmjax.config import fingerprint, to_dict, to_json, validate
-from llmjax.data.base import Data, Splits
+from llmjax.config import to_json, validate
+from llmjax.data.base import Data, Splits, read_once
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.files import write_text_atomic
@@ -90,10 +90,7 @@ class _Shelf:
 
     def read(self, source: Data) -> Splits:
         """The splits of a source, read once."""
-        config = fingerprint(to_dict(source))
-        if config not in self.opened:
-            self.opened[config] = source.read(self)
-        return self.opened[config]
+        return read_once(source, self, self.opened)
 
 
 def read_data(experiment: Experiment, workdir: str) -> dict[str, Splits]:

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llmjax.config import fingerprint, is_config, to_dict
-from llmjax.data.base import Data, Splits
+from llmjax.data.base import Data, Splits, read_once
 from llmjax.data.loader import BatchSource
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
@@ -168,12 +168,10 @@ class Context:
 
     def read(self, data: Data) -> Splits:
         """The splits of a source of data, read and checked once; says what was found."""
-        config = fingerprint(to_dict(data))
-        if config not in self.opened:
-            self.opened[config] = data.read(self)
-        if self.opened[config].note:
-            self.say(self.opened[config].note)
-        return self.opened[config]
+        splits = read_once(data, self, self.opened)
+        if splits.note:
+            self.say(splits.note)
+        return splits
 
     def key(self, *purpose: str | int) -> jax.Array:
         """The random key of a purpose of this stage."""
