@@ -87,21 +87,24 @@ class SFT(Stage):
         base = context.load_lm(self.init) if self.lora else None
         sources = next(iter(parts.held_out.values()))
 
-        def evaluate(step, state):
-            params = tuned.language_model(state.params, base)
+        def loss(params) -> float:
             rows = [batch for one in sources.values() for batch in held_out_batches(one, self.batch_size, self.eval_batches)]
             nats, tokens = held_out(params, rows, model, context.mesh)
-            return {"loss": nats / max(tokens, 1)}
+            return nats / max(tokens, 1)
+
+        def evaluate(step, state):
+            return {"loss": loss(tuned.language_model(state.params, base))}
 
         trained = context.fit(
             self._update(context), tuned.start, batches, self.steps,
             frozen=() if base is None else (base,), hooks=[Hook(self.eval_every, evaluate)],
         )  # fmt: skip
         final, adapter = tuned.final(trained.params, base)
+        start = context.load_lm(self.init) if base is None else base
         asked = Asked(context, self.data)
         answers = asked.of(final)
-        before = asked.of(context.load_lm(self.init) if base is None else base) if asked.scores else None
-        metrics = [Metric("loss", evaluate(self.steps, trained)["loss"], "Held-out loss", "nats/token")]
+        before = asked.of(start) if asked.scores else None
+        metrics = [Metric("loss", loss(final), "Held-out loss", "nats/token", baseline=("before", loss(start)))]
         scored = asked.metrics(answers, before)
         bars = [
             Bars(m.label, "% of held-out prompts", (("before SFT", m.baseline[1]), ("after SFT", m.value)))
