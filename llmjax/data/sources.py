@@ -16,7 +16,7 @@ from llmjax.data.base import Data, Place, Splits, plural
 from llmjax.data.records import Dialogue, Prompt, Ranking
 from llmjax.errors import UserError
 
-PIECE = 2**16
+PIECE = 2**17
 """Characters of a document that are tokenised at once, at least."""
 
 

@@ -25,7 +25,7 @@ from llmjax.errors import UserError
 from llmjax.files import read_json, write_json_atomic
 from llmjax.stages.base import Context
 
-ENCODE_CHARS, ENCODE_DOCUMENTS = 2**21, 4096  # of text tokenised at once
+ENCODE_CHARS, ENCODE_DOCUMENTS = 2**22, 4096  # of text tokenised at once
 ENCODE_RECORDS = 256
 ASKED = 1024
 _SPLITS = "splits.json"
