@@ -3,9 +3,10 @@
     python benchmarks/prepare_text.py --check                                   (the built-in world's text, 1 GB)
     python benchmarks/prepare_text.py --path='novels/*.jsonl.gz' --check        (your own, repeated to 1 GB)
 
-Printed: tokens/s of both, measured in turn on equal parts of the corpus; then for the whole of it the most memory that the
-process held above what the libraries take, bytes a token on disk, and the time of a start that goes on in the middle. The
-corpus is a jsonl file of one document a line. `--check` exits with 1 when a bar is missed. Run it on a quiet machine.
+Printed: tokens/s of both, measured in turn on equal parts of the corpus, each time in a process of its own; then for the whole of
+it the most memory that the process held above what the libraries take, bytes a token on disk, and the time of a start that goes
+on in the middle. The corpus is a jsonl file of one document a line. `--check` exits with 1 when a bar is missed. Run it on a
+quiet machine.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import json
 import os
 import pathlib
 import re
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -30,6 +32,7 @@ _MEGABYTES = flags.DEFINE_integer("megabytes", 1000, "size of the corpus")
 _VOCAB = flags.DEFINE_integer("vocab_size", 8192, "of the tokenizer that is trained on the beginning of the corpus")
 _ROUNDS = flags.DEFINE_integer("rounds", 4, "turns of each side")
 _WORKER = flags.DEFINE_string("worker", "", "internal: folder to prepare in, of its own process")
+_TURN = flags.DEFINE_list("turn", [], "internal: corpus, tokenizer and, for our side, folder of one turn in its own process")
 
 
 def peak() -> int:
@@ -136,8 +139,17 @@ def worker(folder: str) -> None:
     print(json.dumps(found))
 
 
+def turn(*paths: str) -> float:
+    """Tokens/s of one side, ours if a folder to write to is given, in a process that has done nothing else."""
+    command = [sys.executable, __file__, f"--turn={','.join(paths)}"]
+    return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
 def main(argv: list[str]) -> None:
     del argv
+    if _TURN.value:
+        print(theirs(*_TURN.value) if len(_TURN.value) == 2 else ours(*_TURN.value)[0])
+        return
     if _WORKER.value:
         worker(_WORKER.value)
         return
@@ -147,16 +159,17 @@ def main(argv: list[str]) -> None:
         train_tokenizer(corpus, tokenizer)
         print(f"corpus {os.path.getsize(corpus) / 1e6:,.0f} MB, vocabulary {_VOCAB.value:,}", flush=True)
         ratios = []
-        for turn in range(_ROUNDS.value):
-            part = os.path.join(folder, f"part{turn}.jsonl")
-            part_of(corpus, part, turn)
-            peer = theirs(part, tokenizer)
-            own, _, _ = ours(part, tokenizer, os.path.join(folder, f"shards{turn}"))
+        for number in range(_ROUNDS.value):
+            part = os.path.join(folder, f"part{number}.jsonl")
+            part_of(corpus, part, number)
+            peer = turn(part, tokenizer)
+            own = turn(part, tokenizer, os.path.join(folder, f"shards{number}"))
             ratios.append(own / peer)
-            print(f"  turn {turn + 1}: {own:,.0f} tokens/s, encode_batch_fast alone {peer:,.0f}: {own / peer:.2f}x", flush=True)
+            print(f"  turn {number + 1}: {own:,.0f} tokens/s, "
+                  f"encode_batch_fast alone {peer:,.0f}: {own / peer:.2f}x", flush=True)
         command = [sys.executable, __file__, f"--worker={folder}"]
         whole = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    ratio = sorted(ratios)[len(ratios) // 2]
+    ratio = statistics.median(ratios)
     print(f"whole: {whole['tokens'] / 1e6:,.1f} M tokens, {whole['rate']:,.0f} tokens/s, goes on in the middle in "
           f"{whole['resumed']:.0f} s, {'to the same files' if whole['same'] else 'to OTHER files'}")  # fmt: skip
     bars = [
