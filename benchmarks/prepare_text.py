@@ -3,10 +3,10 @@
     python benchmarks/prepare_text.py --check                                   (the built-in world's text, 1 GB)
     python benchmarks/prepare_text.py --path='novels/*.jsonl.gz' --check        (your own, repeated to 1 GB)
 
-Printed: tokens/s of both, measured in turn on equal parts of the corpus, each time in a process of its own; then for the whole
-of it the most memory that the process held above what the libraries take, bytes a token on disk, and the time of a start that goes
-on in the middle. The corpus is a jsonl file of one document a line. `--check` exits with 1 when a bar is missed. Run it on a
-quiet machine.
+Printed: tokens/s of both, measured in turn on equal parts of the corpus, each time in a process of its own. Then, for the
+whole of it: the most memory that the process held above what the libraries take, bytes a token on disk, the time of a start
+that goes on in the middle. The corpus is a jsonl file of one document a line. `--check` exits with 1 when a bar is missed.
+Run it on a quiet machine.
 """
 
 from __future__ import annotations
