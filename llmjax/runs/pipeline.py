@@ -109,7 +109,7 @@ def read_data(experiment: Experiment, workdir: str) -> dict[str, Splits]:
                 shelf.read(source)
     except UserError:
         if new is not None:
-            checkpoint.delete(new)
+            _take_back(workdir, new)
         raise
     return shelf.opened
 
@@ -120,6 +120,16 @@ def _topmost_missing(workdir: str) -> str | None:
     while not os.path.lexists(place):
         place, missing = os.path.dirname(place), place
     return missing
+
+
+def _take_back(workdir: str, topmost: str) -> None:
+    """Removes what reading has made in a new workdir, and its folders up to `topmost` that nobody else has filled since."""
+    checkpoint.delete(os.path.join(workdir, "data"))
+    place = os.path.abspath(workdir)
+    while len(place) >= len(topmost) and not (os.path.isdir(place) and os.listdir(place)):
+        if os.path.isdir(place):
+            os.rmdir(place)
+        place = os.path.dirname(place)
 
 
 def open_context(

@@ -176,6 +176,23 @@ def test_the_data_of_every_stage_are_read_before_anything_is_written(capsys, wor
     assert line == f"{path}:1: no message of the assistant, so there is nothing to learn"
 
 
+def test_an_error_leaves_what_another_run_has_made_beside_it(tmp_path, monkeypatch):
+    """Both may have found no folder runs/ when they began."""
+    other = tmp_path / "runs" / "other" / "config.json"
+
+    def read(self, place):
+        other.parent.mkdir(parents=True)
+        other.write_text("{}")
+        pathlib.Path(place.data_path("half")).mkdir(parents=True)
+        raise UserError("a.txt:1: broken")
+
+    experiment = load_experiment(f"{EXPERIMENTS}/quickstart.py:test")
+    monkeypatch.setattr(type(experiment.text), "read", read)
+    with pytest.raises(UserError, match="a.txt:1: broken"):
+        pipeline.read_data(experiment, str(tmp_path / "runs" / "mine"))
+    assert other.exists() and not (tmp_path / "runs" / "mine").exists()
+
+
 # ---- workdir ----------------------------------------------------------------------------------------------------
 
 
