@@ -6,9 +6,9 @@ import program
 import pytest
 
 
-@pytest.fixture(scope="session", params=[pytest.param("dense", marks=pytest.mark.slow), "moe"])
+@pytest.fixture(scope="session", params=["dense", pytest.param("moe", marks=pytest.mark.slow)])
 def finished(request, tmp_path_factory) -> program.Finished:
-    """The test-sized quickstart from nothing to its report, sparse (and dense, with -m slow). Not to be written to."""
+    """The test-sized quickstart from nothing to its report, dense (and sparse, with -m slow). Not to be written to."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent

@@ -153,9 +153,7 @@ def test_families(model, mode, loop):
     test_loss_metrics_and_gradients("lm", EVERY_KIND, mode, model, loop)
 
 
-QUICK_DISPATCHES = [
-    ("exchange-many", "expert4-data2", "auto"), ("noise", "expert4-data2", "explicit"),
-]  # fmt: skip
+QUICK_DISPATCHES = [("exchange-many", "expert4-data2", "auto")]
 
 
 @pytest.mark.parametrize("model, mesh, mode", tiny.crossed(QUICK_DISPATCHES, DISPATCHES, (EVERY_KIND, "expert4-data2"), MODES))
@@ -164,10 +162,9 @@ def test_invariant_23_dispatches(model, mesh, mode):
 
 
 WRITERS = (*FAMILIES, "exchange", "capacity", "hash", "noise")
-QUICK_WRITERS = [("latent", "explicit")]
 
 
-@pytest.mark.parametrize("model, mode", tiny.crossed(QUICK_WRITERS, WRITERS, MODES))
+@pytest.mark.parametrize("model, mode", tiny.crossed([], WRITERS, MODES))
 def test_families_and_dispatches_generate_the_same_tokens(model, mode):
     cfg = model_config(model)
     np.testing.assert_array_equal(answers(cfg, make(EVERY_KIND, mode)).tokens, answers_on_one_device(cfg).tokens)
@@ -235,7 +232,7 @@ def lora_step(model: str, mesh_name: str | None, mode: str = "auto"):
     return jax.device_get((value, grads, merged))
 
 
-QUICK_LORA = [("moe", "explicit")]
+QUICK_LORA = [("dense", "explicit")]
 
 
 @pytest.mark.parametrize("model, mode", tiny.crossed(QUICK_LORA, ("dense", "moe", *FAMILIES), MODES))

@@ -334,7 +334,7 @@ def moved(before, after) -> list[bool]:
 
 
 every_algorithm = pytest.mark.parametrize("name", ALGORITHMS)
-on_models = pytest.mark.parametrize("model, name", tiny.crossed([("dense", "PPO"), ("moe", "GRPO")], tiny.MODELS, ALGORITHMS))
+on_models = pytest.mark.parametrize("model, name", tiny.crossed([("dense", "PPO"), ("dense", "GRPO")], tiny.MODELS, ALGORITHMS))
 
 
 @on_models

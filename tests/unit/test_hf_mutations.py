@@ -10,6 +10,8 @@ import tiny
 
 from llmjax.interop.hf_folder import load_params, read_config
 
+pytestmark = pytest.mark.parity
+
 GATE = 2e-4  # of tests/unit/test_hf_parity.py
 
 

@@ -23,7 +23,7 @@ from llmjax.results import read_summary
 from llmjax.stages.preference import DPO
 
 BETA = 0.3
-both = pytest.mark.parametrize("cfg", tiny.MODELS.values(), ids=tiny.MODELS.keys())
+both = pytest.mark.parametrize("name", tiny.crossed([("dense",)], tiny.MODELS))
 loss_of = jax.jit(dpo_loss, static_argnames=("cfg", "beta"))
 
 
@@ -70,7 +70,8 @@ def test_more_answers_are_all_their_pairs():
     cfg = tiny.DENSE
     params, reference, batch = tiny.language_model(cfg, 1), tiny.language_model(cfg, 2), ranked(cfg, k=4)
     batch["ranks"][1] = [0, 2, 0, -1]  # a tie, and an answer that is not there
-    rewards = np.asarray(implicit_rewards(params, reference, batch, cfg, BETA)[0], np.float64)
+    of_answers = jax.jit(implicit_rewards, static_argnames=("cfg", "beta"))
+    rewards = np.asarray(of_answers(params, reference, batch, cfg=cfg, beta=BETA)[0], np.float64)
     losses = []
     for r, ranks in zip(rewards, batch["ranks"]):
         pairs = [(i, j) for i, j in itertools.permutations(range(4), 2) if 0 <= ranks[i] < ranks[j]]
@@ -80,7 +81,8 @@ def test_more_answers_are_all_their_pairs():
 
 
 @both
-def test_the_first_loss_is_ln_2_and_a_step_parts_the_answers(cfg):
+def test_the_first_loss_is_ln_2_and_a_step_parts_the_answers(name):
+    cfg = tiny.MODELS[name]
     params, batch = tiny.language_model(cfg), ranked(cfg)
 
     def loss(params):
@@ -97,7 +99,8 @@ def test_the_first_loss_is_ln_2_and_a_step_parts_the_answers(cfg):
 
 def test_the_reference_has_no_gradient():
     cfg, batch = tiny.DENSE, ranked(tiny.DENSE)
-    grads = jax.grad(lambda ref: dpo_loss(tiny.language_model(cfg), ref, batch, cfg, BETA)[0])(tiny.language_model(cfg, 1))
+    of_reference = jax.jit(jax.grad(lambda ref: dpo_loss(tiny.language_model(cfg), ref, batch, cfg, BETA)[0]))
+    grads = of_reference(tiny.language_model(cfg, 1))
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
 
 
@@ -107,7 +110,7 @@ def test_stretches_change_neither_value_nor_gradient(monkeypatch):
     rows = {name: batch[name].reshape(-1, 9) for name in ("tokens", "segment_ids", "loss_mask")}
 
     def both_of():
-        return jax.value_and_grad(lambda p: jnp.sum(answer_log_probs(p, rows, cfg)[0]))(params)
+        return jax.jit(jax.value_and_grad(lambda p: jnp.sum(answer_log_probs(p, rows, cfg)[0])))(params)
 
     whole = both_of()
     monkeypatch.setattr(preference, "CHUNK_LOGITS", 4 * len(rows["tokens"]) * cfg.vocab_size)  # 9 = 4 + 4 + 1
@@ -135,7 +138,10 @@ def make_flags(tmp_path, monkeypatch) -> list[str]:
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("more", [["--config.dpo.lora.rank=2"], ["--config.dpo.lora=none"]], ids=["lora", "whole"])
+WHOLE, LORA = ["--config.dpo.lora=none"], ["--config.dpo.lora.rank=2"]
+
+
+@pytest.mark.parametrize("more", [pytest.param(WHOLE, id="whole"), pytest.param(LORA, id="lora", marks=pytest.mark.slow)])
 def test_from_the_command_line(flags, more, tmp_path, capsys):
     workdir = tmp_path / "run"
     train.run(["llmjax", *flags, *more, f"--workdir={workdir}"])

@@ -12,7 +12,7 @@ import tiny
 from llmjax.generation.score import reward_of
 from llmjax.objectives.reward import pairwise_ranking_loss, reward_loss
 
-both = pytest.mark.parametrize("cfg", tiny.MODELS.values(), ids=tiny.MODELS.keys())
+both = pytest.mark.parametrize("name", tiny.crossed([("dense",)], tiny.MODELS))
 
 
 def some_rankings(k: int, rows: int = 5):
@@ -120,7 +120,8 @@ def test_far_apart_rewards_stay_finite():
 
 
 @both
-def test_the_reward_does_not_depend_on_padding_nor_on_other_rows(cfg):
+def test_the_reward_does_not_depend_on_padding_nor_on_other_rows(name):
+    cfg = tiny.MODELS[name]
     params, text, width = tiny.scalar_model(cfg), tiny.tokens(cfg, 1, 6)[0], 14
     score = jax.jit(lambda p, t, s: reward_of(p, t, s, cfg)[0])
     lefts = range(0, width - 5, 2)  # the text at every place, between paddings
@@ -135,7 +136,8 @@ def test_the_reward_does_not_depend_on_padding_nor_on_other_rows(cfg):
 
 
 @both
-def test_the_loss_of_a_batch_is_that_of_its_rewards(cfg):
+def test_the_loss_of_a_batch_is_that_of_its_rewards(name):
+    cfg = tiny.MODELS[name]
     params, batch = tiny.scalar_model(cfg), tiny.rankings(cfg, 3, 4, 8)
     loss, metrics = jax.jit(lambda p: reward_loss(p, batch, None, cfg))(params)
     flat = batch["tokens"].reshape(12, 8), batch["segment_ids"].reshape(12, 8)

@@ -65,7 +65,7 @@ def constant_head(model, value: float):
     return model.replace(weight=jnp.zeros_like(model.weight), bias=jnp.full((1,), value))
 
 
-@pytest.mark.parametrize("name, temperature", [("dense", 1.0), ("dense", 0.7), ("moe", 1.0)])
+@pytest.mark.parametrize("name, temperature", tiny.crossed([("dense", 1.0), ("dense", 0.7)], tiny.MODELS, (1.0, 0.7)))
 def test_the_first_minibatch_has_ratio_one_and_no_kl(name, temperature):
     cfg = tiny.MODELS[name]
     params = tiny.actor_critic(cfg)
