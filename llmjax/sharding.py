@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from llmjax.config import PositiveInt
 from llmjax.errors import UserError
 from llmjax.typing import LOGICAL_AXES, Array
 
@@ -50,10 +51,10 @@ class MeshConfig:
     tensor: heads and feed-forward width split. mode: "auto" (compiler propagates) or "explicit" (shardings in types).
     """
 
-    data: int = 1
-    fsdp: int = 1
-    expert: int = 1
-    tensor: int = 1
+    data: PositiveInt = 1
+    fsdp: PositiveInt = 1
+    expert: PositiveInt = 1
+    tensor: PositiveInt = 1
     mode: Literal["auto", "explicit"] = "auto"
 
     @property
@@ -72,11 +73,6 @@ class MeshConfig:
     def rows(self, count: int) -> int:
         """The smallest number of rows that holds `count` and is split evenly."""
         return -(-count // self.batch_shards) * self.batch_shards
-
-    def validate(self) -> None:
-        for axis in MESH_AXES:
-            if getattr(self, axis) < 1:
-                raise UserError(f"{axis}={getattr(self, axis)}: a mesh axis needs at least 1 device")
 
     def describe(self) -> str:
         return " x ".join(f"{a}={n}" for a, n in zip(MESH_AXES, self.shape) if n > 1) or "one device"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 
 from llmjax.commands.base import call, parse_flags
+from llmjax.config import validate
 from llmjax.data.records import Message
 from llmjax.errors import UserError
 
@@ -49,7 +50,7 @@ class Chat:
         from llmjax.generation.sampling import SamplingConfig
 
         self.sampling = SamplingConfig(max_new_tokens, temperature)
-        self.sampling.validate()
+        validate(self.sampling)
         self.cfg, self.tokenizer = model.cfg, model.tokenizer()
         self.params = model.load("float32")
         self.messages: list[Message] = []

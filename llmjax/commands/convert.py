@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 
 from llmjax.commands.base import call, parse_flags
+from llmjax.config import validate
 from llmjax.errors import UserError
 from llmjax.results import MODEL_FILE, PARAMS
 
@@ -109,7 +110,7 @@ def _upcycled(model: LanguageModel, values: flags.FlagValues) -> LanguageModel:
     from llmjax.models.upcycle import upcycle
 
     moe = MoEConfig(num_experts=values.num_experts, top_k=values.top_k, mlp_dim=model.cfg.mlp_dim)
-    moe.validate()
+    validate(moe)
     key, options = jax.random.key(values.seed), dict(noise=values.noise, drop=values.drop)
     params, cfg = upcycle(model.load("float32"), model.cfg, moe, key, **options)
     return replace(model, cfg=cfg, load=lambda _dtype: params, raw=None)

@@ -34,6 +34,7 @@ from llmjax.config.fields import (
     type_name,
     value_type,
 )
+from llmjax.config.ranges import outside
 from llmjax.errors import UserError
 
 _CLASS_TAG = "class"  # a Python keyword, so no field can bear this name
@@ -127,7 +128,7 @@ def _call_get_config(get_config: collections.abc.Callable, arg: str | None, wher
 
 
 def validate(config: Any) -> None:
-    """Checks types against annotations, then calls each dataclass's own `validate(self)`, innermost first.
+    """Checks types and ranges against annotations, then calls each dataclass's own `validate(self)`, innermost first.
 
     Raises:
         UserError: one line that begins with the dotted path, "model.moe: top_k=9 ..."; a ValueError or UserError of
@@ -145,11 +146,14 @@ def _validate(node: Any, path: str) -> None:
         # A key of a dict of configs may stand in its place on the command line, and so it does here.
         section = is_config(node) and isinstance(value, collections.abc.Mapping) and all(map(is_config, value.values()))
         _validate(value, path if section else child_path)
-    if is_config(node) and callable(getattr(node, "validate", None)):
+    if is_config(node):
         try:
-            node.validate()
+            for problem in outside(node):
+                raise UserError(problem)
+            if callable(getattr(node, "validate", None)):
+                node.validate()
         except (ValueError, UserError) as error:
-            raise UserError(f"{path or type(node).__name__}: {error}") from error
+            raise UserError(f"{path}: {error}" if path else str(error)) from error
 
 
 # ---- to and from JSON -------------------------------------------------------------------------------------------

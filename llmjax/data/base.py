@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Protocol
 
-from llmjax.config import fingerprint
+from llmjax.config import PositiveFloat, PositiveInt, fingerprint
 from llmjax.errors import UserError
 
 
@@ -96,7 +96,7 @@ class Mixture(Data):
     """
 
     sources: dict[str, Data]
-    weights: dict[str, float] | None = None
+    weights: dict[str, PositiveFloat] | None = None
 
     @property
     def kind(self) -> type:  # pyrefly: ignore[bad-override]
@@ -113,11 +113,9 @@ class Mixture(Data):
         kinds = {source.kind for source in self.sources.values()}
         if len(kinds) > 1:
             raise UserError(f"a mixture of {' and '.join(sorted(map(plural, kinds)))}; mix sources of one kind")
-        for name, weight in (self.weights or {}).items():
+        for name in self.weights or {}:
             if name not in self.sources:
                 raise UserError(f"weights: {name!r} is no source; there is {', '.join(self.sources)}")
-            if not 0 < weight < float("inf"):
-                raise UserError(f"weights: {name}={weight} must be positive and finite")
 
 
 @dataclass(frozen=True)
@@ -125,7 +123,7 @@ class First(Data):
     """The first `count` records of each split of `source`, for a look at them."""
 
     source: Data
-    count: int
+    count: PositiveInt
 
     @property
     def kind(self) -> type:  # pyrefly: ignore[bad-override]

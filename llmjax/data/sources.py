@@ -7,10 +7,11 @@ import itertools
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 
+from llmjax.config import Range
 from llmjax.data import formats, reading
 from llmjax.data.base import Data, Place, Splits, plural
 from llmjax.data.records import Dialogue, Prompt, Ranking
@@ -42,11 +43,9 @@ class Source(Data):
     path: str = ""
     name: str = ""
     validation_path: str = ""
-    validation_fraction: float = 0.1
+    validation_fraction: Annotated[float, Range(above=0, below=1)] = 0.1
 
     def validate(self) -> None:
-        if not 0 < self.validation_fraction < 1:
-            raise UserError(f"validation_fraction={self.validation_fraction} must be between 0 and 1; 0.1 is usual")
         if not (self.path or self.name):
             raise UserError("path is empty; give the path of your files, a glob, or the name of a TFDS data set")
         if self.validation_path and self.is_tfds:

@@ -20,6 +20,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from llmjax.config import PositiveInt, validate
 from llmjax.data.template import DEFAULT_TEMPLATE
 from llmjax.data.vocabulary import byte_to_char, check_decoder, drops_first_space, token_table
 from llmjax.errors import UserError
@@ -47,8 +48,8 @@ class TokenizerConfig:
     """
 
     kind: Literal["bpe", "byte"] = "bpe"
-    vocab_size: int = 1024
-    train_chars: int = 2**28
+    vocab_size: PositiveInt = 1024
+    train_chars: PositiveInt = 2**28
 
     def validate(self) -> None:
         """Raises UserError if the vocabulary cannot hold every byte and every control token."""
@@ -57,8 +58,6 @@ class TokenizerConfig:
                 f"vocab_size={self.vocab_size} is less than {_MIN_VOCAB_SIZE} (256 bytes and {len(SPECIAL_TOKENS)} "
                 f"control tokens); use at least {_MIN_VOCAB_SIZE}, or kind=byte"
             )
-        if self.train_chars < 1:
-            raise UserError(f"train_chars={self.train_chars} must be positive")
 
     @property
     def size(self) -> int:
@@ -124,7 +123,7 @@ class Tokenizer:
         A corpus too small for cfg.vocab_size merges gives a smaller vocabulary. "byte" reads no text; byte b has id
         b + 6. Ctrl-C is heeded. Raises UserError if cfg is not valid.
         """
-        cfg.validate()
+        validate(cfg)
         if cfg.kind == "byte":
             names = list(SPECIAL_TOKENS) + list(byte_to_char().values())
             tokenizer = tokenizers.Tokenizer(models.BPE(vocab={name: i for i, name in enumerate(names)}, merges=[]))

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 
-from llmjax.errors import UserError
+from llmjax.config import NonNegativeFloat, NonNegativeInt, PositiveInt, Range
 from llmjax.typing import Array, Float
 
 
@@ -15,20 +16,10 @@ from llmjax.typing import Array, Float
 class SamplingConfig:
     """temperature 0 is greedy; top_k 0 and top_p 1 keep the whole distribution. max_new_tokens includes the end of turn."""
 
-    max_new_tokens: int = 32
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def validate(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens={self.max_new_tokens} must be positive")
-        if self.temperature < 0:
-            raise UserError(f"temperature={self.temperature} must be 0 (greedy) or more")
-        if self.top_k < 0:
-            raise UserError(f"top_k={self.top_k} must be 0 (off) or more")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p={self.top_p} must be in (0, 1]")
+    max_new_tokens: PositiveInt = 32
+    temperature: NonNegativeFloat = 1.0
+    top_k: NonNegativeInt = 0
+    top_p: Annotated[float, Range(above=0, most=1)] = 1.0
 
 
 def restrict(logits_BV: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:

@@ -10,6 +10,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from llmjax.config import validate
 from llmjax.errors import UserError
 from llmjax.models.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
 
@@ -49,10 +50,7 @@ def model_config(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
     )
     fields |= _rope(hf, family, where) | _FAMILY_FIELDS.get(family, lambda hf: {})(hf)
     config = ModelConfig(**fields)
-    config.validate()
-    for part in (config.moe, config.mla, config.rope_scaling):
-        if part is not None:
-            part.validate()
+    validate(config)
     _check_layer_types(hf, config, where)
     return config
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
+from llmjax.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 from llmjax.errors import UserError
 
 UNLIMITED = 2**30  # the window of a layer that sees all earlier tokens
@@ -43,30 +44,30 @@ class MoEConfig:
     z_loss_coef: weight of the router z-loss (Zoph et al. 2022, arXiv:2202.08906, eq. 5).
     """
 
-    num_experts: int = 8
-    top_k: int = 2
-    mlp_dim: int = 256
+    num_experts: PositiveInt = 8
+    top_k: PositiveInt = 2
+    mlp_dim: PositiveInt = 256
     renormalize: bool = True
-    load_balance_coef: float = 0.01
-    z_loss_coef: float = 1e-3
+    load_balance_coef: NonNegativeFloat = 0.01
+    z_loss_coef: NonNegativeFloat = 1e-3
     scoring: Literal["softmax", "sigmoid"] = "softmax"
-    routed_scaling: float = 1.0
+    routed_scaling: PositiveFloat = 1.0
     router_bias: bool = False
     selection_bias: bool = False
-    num_groups: int = 1
-    top_k_groups: int = 1
-    shared_mlp_dim: int = 0
-    first_k_dense: int = 0
+    num_groups: PositiveInt = 1
+    top_k_groups: PositiveInt = 1
+    shared_mlp_dim: NonNegativeInt = 0
+    first_k_dense: NonNegativeInt = 0
     expert_bias: bool = False
     router: Literal["top_k", "expert_choice", "hash"] = "top_k"
-    capacity_factor: float = 0.0
-    router_noise: float = 0.0
-    router_jitter: float = 0.0
-    bias_update_rate: float = 0.0
+    capacity_factor: NonNegativeFloat = 0.0
+    router_noise: NonNegativeFloat = 0.0
+    router_jitter: Annotated[float, Range(least=0, below=1)] = 0.0
+    bias_update_rate: NonNegativeFloat = 0.0
     expert_parallel: Literal["all_gather", "all_to_all"] = "all_gather"
-    exchange_factor: float = 0.0
-    sequence_balance_coef: float = 0.0
-    every: int = 1
+    exchange_factor: NonNegativeFloat = 0.0
+    sequence_balance_coef: NonNegativeFloat = 0.0
+    every: PositiveInt = 1
 
     @property
     def has_slots(self) -> bool:
@@ -75,33 +76,21 @@ class MoEConfig:
 
     def validate(self) -> None:
         self._validate_router()
-        if not 1 <= self.top_k <= self.num_experts:
-            raise UserError(f"top_k={self.top_k} must be between 1 and num_experts={self.num_experts}")
+        if self.top_k > self.num_experts:
+            raise UserError(f"top_k={self.top_k} must not exceed num_experts={self.num_experts}")
         if self.top_k == 1 and self.renormalize and self.router == "top_k":
             raise UserError(
                 "top_k=1 with renormalize=True makes every gate 1, so the router gets no gradient; set renormalize=False"
             )
-        for name in ("mlp_dim", "every"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be positive")
-        for name in ("shared_mlp_dim", "first_k_dense"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be 0 or more")
-        if self.num_groups < 1 or self.num_experts % self.num_groups:
+        if self.num_experts % self.num_groups:
             raise UserError(f"num_groups={self.num_groups} does not divide num_experts={self.num_experts}")
-        if not 1 <= self.top_k_groups <= self.num_groups:
-            raise UserError(f"top_k_groups={self.top_k_groups} must be between 1 and num_groups={self.num_groups}")
+        if self.top_k_groups > self.num_groups:
+            raise UserError(f"top_k_groups={self.top_k_groups} must not exceed num_groups={self.num_groups}")
         reachable = self.top_k_groups * self.num_experts // self.num_groups
         if self.top_k > reachable:
             raise UserError(f"top_k={self.top_k}, but top_k_groups={self.top_k_groups} hold only {reachable} experts")
 
     def _validate_router(self) -> None:
-        rates = ("capacity_factor", "router_noise", "bias_update_rate", "exchange_factor", "sequence_balance_coef")
-        for name in rates:
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be 0 or more")
-        if not 0 <= self.router_jitter < 1:
-            raise UserError(f"router_jitter={self.router_jitter} must be at least 0 and less than 1")
         if self.bias_update_rate and not self.selection_bias:
             raise UserError(f"bias_update_rate={self.bias_update_rate} needs selection_bias=True: it is what is updated")
         if self.router != "top_k" and (self.selection_bias or self.num_groups > 1):
@@ -123,18 +112,14 @@ class RopeScaling:
     """
 
     kind: Literal["linear", "llama3", "yarn"] = "llama3"
-    factor: float = 8.0
-    original_length: int = 8192
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    factor: PositiveFloat = 8.0
+    original_length: PositiveInt = 8192
+    low_freq_factor: PositiveFloat = 1.0
+    high_freq_factor: PositiveFloat = 4.0
+    beta_fast: PositiveFloat = 32.0
+    beta_slow: PositiveFloat = 1.0
     truncate: bool = True
-    attention_factor: float = 0.0
-
-    def validate(self) -> None:
-        if self.factor <= 0 or self.original_length < 1:
-            raise UserError(f"factor={self.factor} and original_length={self.original_length} must be positive")
+    attention_factor: NonNegativeFloat = 0.0
 
 
 @dataclass(frozen=True)
@@ -146,18 +131,13 @@ class MLAConfig:
     without and with position. v_dim: width of a head's value.
     """
 
-    kv_lora_rank: int = 512
-    q_lora_rank: int = 1536
-    nope_dim: int = 128
-    rope_dim: int = 64
-    v_dim: int = 128
+    kv_lora_rank: PositiveInt = 512
+    q_lora_rank: NonNegativeInt = 1536
+    nope_dim: PositiveInt = 128
+    rope_dim: PositiveInt = 64
+    v_dim: PositiveInt = 128
 
     def validate(self) -> None:
-        for name in ("kv_lora_rank", "nope_dim", "rope_dim", "v_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be positive")
-        if self.q_lora_rank < 0:
-            raise UserError(f"q_lora_rank={self.q_lora_rank} must be positive, or 0 for a full query matrix")
         if self.rope_dim % 2:
             raise UserError(f"rope_dim={self.rope_dim} must be even: RoPE rotates pairs")
 
@@ -182,39 +162,39 @@ class ModelConfig:
     over modules (DeepSeek-V3, arXiv:2412.19437, section 2.2).
     """
 
-    vocab_size: int = 0
-    num_layers: int = 4
-    embed_dim: int = 128
-    num_heads: int = 4
-    num_kv_heads: int = 2
-    head_dim: int = 32
-    mlp_dim: int = 344
+    vocab_size: NonNegativeInt = 0
+    num_layers: PositiveInt = 4
+    embed_dim: PositiveInt = 128
+    num_heads: PositiveInt = 4
+    num_kv_heads: PositiveInt = 2
+    head_dim: PositiveInt = 32
+    mlp_dim: PositiveInt = 344
     moe: MoEConfig | None = None
-    rope_theta: float = 10_000.0
-    norm_eps: float = 1e-6
+    rope_theta: PositiveFloat = 10_000.0
+    norm_eps: PositiveFloat = 1e-6
     tie_embeddings: bool = True
     dtype: Literal["float32", "bfloat16"] = "float32"
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     remat: bool = False
     activation: Literal["silu", "gelu", "clipped_silu"] = "silu"
-    activation_limit: float = 7.0
+    activation_limit: PositiveFloat = 7.0
     rope_scaling: RopeScaling | None = None
-    sliding_window: int = 0
-    global_every: int = 0
-    local_rope_theta: float = 0.0
+    sliding_window: NonNegativeInt = 0
+    global_every: NonNegativeInt = 0
+    local_rope_theta: NonNegativeFloat = 0.0
     qk_norm: Literal["none", "head", "full"] = "none"
     qkv_bias: bool = False
     out_bias: bool = False
     attention_sinks: bool = False
-    attention_scale: float = 0.0
-    attention_softcap: float = 0.0
-    logit_softcap: float = 0.0
+    attention_scale: NonNegativeFloat = 0.0
+    attention_softcap: NonNegativeFloat = 0.0
+    logit_softcap: NonNegativeFloat = 0.0
     post_norms: bool = False
     norm_offset: float = 0.0
     scale_embedding: bool = False
     mla: MLAConfig | None = None
-    num_mtp_layers: int = 0
-    mtp_coef: float = 0.3
+    num_mtp_layers: NonNegativeInt = 0
+    mtp_coef: NonNegativeFloat = 0.3
 
     @property
     def experts(self) -> MoEConfig:
@@ -269,9 +249,6 @@ class ModelConfig:
         return tuple(one(layer) for layer in range(self.num_layers))
 
     def validate(self) -> None:
-        for name in ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim", "mlp_dim"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}={getattr(self, name)} must be positive")
         if self.num_heads % self.num_kv_heads:
             raise UserError(
                 f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}; "
@@ -279,11 +256,6 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
-        if self.vocab_size < 0:
-            raise UserError(f"vocab_size={self.vocab_size} must be positive, or 0 for the tokenizer's size")
-        for name in ("sliding_window", "global_every", "local_rope_theta", "attention_scale", "num_mtp_layers", "mtp_coef"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be 0 or more")
         if self.global_every and not self.sliding_window:
             raise UserError(f"global_every={self.global_every} needs a sliding_window for the layers between")
         if self.moe is not None and self.moe.first_k_dense + self.moe.every > self.num_layers:

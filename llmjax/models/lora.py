@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import jax
 
 from llmjax import sharding
+from llmjax.config import PositiveFloat, PositiveInt
 from llmjax.errors import UserError
 from llmjax.models.config import ModelConfig
 from llmjax.models.linear import Adapted, LowRank, low_rank_product
@@ -28,8 +29,8 @@ class LoRAConfig:
     stay as they are.
     """
 
-    rank: int = 16
-    alpha: float = 32.0
+    rank: PositiveInt = 16
+    alpha: PositiveFloat = 32.0
     targets: tuple[str, ...] = ADAPTABLE
 
     @property
@@ -37,10 +38,6 @@ class LoRAConfig:
         return self.alpha / self.rank
 
     def validate(self) -> None:
-        if self.rank < 1:
-            raise UserError(f"rank={self.rank} must be positive")
-        if not 0 < self.alpha < math.inf:
-            raise UserError(f"alpha={self.alpha} must be positive and finite")
         for target in self.targets:
             if target.split(".")[-1] not in ADAPTABLE:
                 raise UserError(f"targets: {target!r} is no matrix that can be adapted; there is {', '.join(ADAPTABLE)}")

@@ -7,11 +7,11 @@ prompt gets.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax.numpy as jnp
 
-from llmjax.errors import UserError
+from llmjax.config import Fraction, NonNegativeFloat, PositiveFloat, Range
 from llmjax.objectives.policy import (
     Scored,
     clipped_surrogate,
@@ -63,21 +63,13 @@ class PPO(Algorithm):
     far the ratio of a token counts. value_clip: how far a value may move in one rollout. vf_coef: weight of the value loss.
     """
 
-    kl_coef: float = 0.05
-    gamma: float = 1.0
-    gae_lambda: float = 0.95
-    clip_ratio: float = 0.2
-    value_clip: float = 0.2
-    vf_coef: float = 0.5
+    kl_coef: NonNegativeFloat = 0.05
+    gamma: Fraction = 1.0
+    gae_lambda: Fraction = 0.95
+    clip_ratio: PositiveFloat = 0.2
+    value_clip: PositiveFloat = 0.2
+    vf_coef: NonNegativeFloat = 0.5
     needs_critic: ClassVar[bool] = True
-
-    def validate(self) -> None:
-        if self.kl_coef < 0:
-            raise UserError(f"kl_coef={self.kl_coef} must be 0 or more")
-        _check_positive(self, "clip_ratio")
-        for name in ("gamma", "gae_lambda"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)} must be between 0 and 1")
 
     def advantages(self, rollout: Rollout) -> tuple[dict[str, Array], Metrics]:
         mask_BR, values_BR = rollout.mask, _of_critic(rollout.values)
@@ -101,12 +93,6 @@ class PPO(Algorithm):
         return policy_loss + self.vf_coef * value_loss, metrics
 
 
-def _check_positive(algorithm: Algorithm, *names: str) -> None:
-    for name in names:
-        if getattr(algorithm, name) <= 0:
-            raise UserError(f"{name}={getattr(algorithm, name)} must be positive")
-
-
 def _of_critic(values: Array | None) -> Array:
     """The critic's values, which an algorithm that needs one is given."""
     if values is None:
@@ -125,18 +111,11 @@ class GRPO(Algorithm):
     itself: without `scale` advantages are (group_size - 1) / group_size of those against the others.
     """
 
-    group_size: int = 8
+    group_size: Annotated[int, Range(least=2)] = 8
     scale: bool = True
-    clip_low: float = 0.2
-    clip_high: float = 0.2
-    kl_coef: float = 0.0
-
-    def validate(self) -> None:
-        if self.group_size < 2:
-            raise UserError(f"group_size={self.group_size}: a group has at least 2 answers")
-        if self.kl_coef < 0:
-            raise UserError(f"kl_coef={self.kl_coef} must be 0 or more")
-        _check_positive(self, "clip_low", "clip_high")
+    clip_low: PositiveFloat = 0.2
+    clip_high: PositiveFloat = 0.2
+    kl_coef: NonNegativeFloat = 0.0
 
     def advantages(self, rollout: Rollout) -> tuple[dict[str, Array], Metrics]:
         advantages_B = group_advantages(rollout.scores, self.group_size, self.scale)

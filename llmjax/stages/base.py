@@ -262,13 +262,6 @@ class Trained:
         return Result(**own | fields)
 
 
-def check_positive(cfg: Any, *names: str) -> None:
-    """Raises UserError for fields that are not positive."""
-    for name in names:
-        if getattr(cfg, name) < 1:
-            raise UserError(f"{name}={getattr(cfg, name)} must be positive")
-
-
 def check_split(experiment: Experiment, name: str, field: str, batch_size: int) -> None:
     """Raises UserError if the mesh cannot split a batch of stage `name` evenly."""
     check_batch(f"{name}.{field}", batch_size, experiment.mesh)

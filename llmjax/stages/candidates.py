@@ -6,18 +6,19 @@ import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import jax
 import numpy as np
 
+from llmjax.config import PositiveInt, Range
 from llmjax.data.base import Data, Splits, check_kind
 from llmjax.data.records import Completion, Message, Prompt, Ranking
 from llmjax.errors import UserError
 from llmjax.evals.answers import answer_prompts
 from llmjax.files import read_text, write_text_atomic
 from llmjax.generation.sampling import SamplingConfig
-from llmjax.stages.base import Context, Input, check_positive
+from llmjax.stages.base import Context, Input
 from llmjax.stages.datasets import draw, prompt_sets
 from llmjax.tasks.base import Ranker
 
@@ -36,21 +37,18 @@ class RankedAnswers(Data):
     policy: str
     prompts: Data
     ranker: Ranker
-    k: int = 4
-    num_prompts: int = 768
-    rankings_per_prompt: int = 1
-    num_eval_prompts: int = 192
-    prompt_length: int = 128
-    batch_size: int = 128
+    k: Annotated[int, Range(least=2)] = 4
+    num_prompts: PositiveInt = 768
+    rankings_per_prompt: PositiveInt = 1
+    num_eval_prompts: PositiveInt = 192
+    prompt_length: PositiveInt = 128
+    batch_size: PositiveInt = 128
     sampling: SamplingConfig = SamplingConfig()
 
     kind: ClassVar[type] = Ranking
     from_model: ClassVar[bool] = True
 
     def validate(self) -> None:
-        check_positive(self, "num_prompts", "rankings_per_prompt", "num_eval_prompts", "prompt_length", "batch_size")
-        if self.k < 2:
-            raise UserError(f"k={self.k}: a ranking needs at least 2 answers")
         check_kind("prompts", self.prompts, Prompt)
 
     def inputs(self) -> tuple[Input, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from llmjax.config import children
+from llmjax.config import NonNegativeInt, PositiveFloat, PositiveInt, children
 from llmjax.data.base import Data, check_kind
 from llmjax.data.records import Prompt
 from llmjax.data.tokenizer import TokenizerConfig
@@ -15,7 +15,7 @@ from llmjax.errors import UserError
 from llmjax.generation.sampling import SamplingConfig
 from llmjax.models.config import ModelConfig
 from llmjax.sharding import MeshConfig, check_batch
-from llmjax.stages.base import HF, Stage, check_positive
+from llmjax.stages.base import HF, Stage
 from llmjax.tasks.base import Reward
 
 S = TypeVar("S", bound=Stage)
@@ -33,14 +33,13 @@ class Evaluation:
 
     prompts: Data | None = None
     scores: dict[str, Reward] = field(default_factory=dict)
-    num_prompts: int = 256
-    batch_size: int = 64
-    num_samples: int = 4
-    prompt_length: int = 256
+    num_prompts: PositiveInt = 256
+    batch_size: PositiveInt = 64
+    num_samples: PositiveInt = 4
+    prompt_length: PositiveInt = 256
     sampling: SamplingConfig = SamplingConfig(max_new_tokens=128)
 
     def validate(self) -> None:
-        check_positive(self, "num_prompts", "batch_size", "num_samples", "prompt_length")
         if self.prompts is not None:
             check_kind("prompts", self.prompts, Prompt)
 
@@ -55,19 +54,17 @@ class Experiment:
     """
 
     name: str
-    seed: int = 0
+    seed: NonNegativeInt = 0
     tokenizer: TokenizerConfig = TokenizerConfig()
     model: ModelConfig = ModelConfig()
     mesh: MeshConfig = MeshConfig()
     stages: dict[str, Stage] = field(default_factory=dict)
     evaluation: Evaluation = Evaluation()
-    checkpoint_seconds: float = 30.0
+    checkpoint_seconds: PositiveFloat = 30.0
 
     def validate(self) -> None:
         if not self.stages:
             raise UserError("no stage: give at least one")
-        if self.checkpoint_seconds <= 0:
-            raise UserError(f"checkpoint_seconds={self.checkpoint_seconds} must be positive")
         for name in self.stages:
             if not name.replace("_", "").replace("-", "").isalnum() or name in RESERVED:
                 known = " and ".join(RESERVED)

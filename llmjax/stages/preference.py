@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax.config import NonNegativeInt, PositiveFloat, PositiveInt
 from llmjax.data.base import Data, check_kind
 from llmjax.data.loader import make_batches
 from llmjax.data.records import Ranking
-from llmjax.errors import UserError
 from llmjax.evals.rankings import pair_accuracy, pair_accuracy_error
 from llmjax.models.lora import LoRAConfig, lora_spec
 from llmjax.models.transformer import Params
@@ -22,7 +22,7 @@ from llmjax.objectives.reward import pairwise_ranking_loss
 from llmjax.results import Curve, Figure, Metric, Panel
 from llmjax.sharding import put_batch
 from llmjax.stages.answers import Asked
-from llmjax.stages.base import Context, Input, Preview, Result, Stage, check_decodes, check_positive, check_split
+from llmjax.stages.base import Context, Input, Preview, Result, Stage, check_decodes, check_split
 from llmjax.stages.datasets import RankingRows, prepare_rankings, ranking_rows
 from llmjax.stages.reward import ranking_preview
 from llmjax.stages.tuning import Tuned, expert_figures, loss_figure, speed_figure
@@ -44,21 +44,16 @@ class DPO(Stage):
     data: Data
     init: str = "sft"
     lora: LoRAConfig | None = None
-    beta: float = 0.1
-    epochs: int = 1
-    batch_size: int = 16
-    length: int = 256
-    eval_every: int = 0
-    eval_rankings: int = 256
+    beta: PositiveFloat = 0.1
+    epochs: PositiveInt = 1
+    batch_size: PositiveInt = 16
+    length: PositiveInt = 256
+    eval_every: NonNegativeInt = 0
+    eval_rankings: PositiveInt = 256
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=1e-6)
 
     title: ClassVar[str] = "DPO"
     lead: ClassVar[str] = "The policy learns from ranked answers to make the better one likelier than the worse one."
-
-    def validate(self) -> None:
-        check_positive(self, "epochs", "batch_size", "length", "eval_rankings")
-        if self.beta <= 0:
-            raise UserError(f"beta={self.beta} must be positive")
 
     def inputs(self) -> tuple[Input, ...]:
         return (Input("init", self.init), *self.data.inputs())

@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 import jax
 import numpy as np
 
+from llmjax.config import NonNegativeInt, PositiveInt
 from llmjax.data.base import Data, First, check_kind
 from llmjax.data.loader import held_out_batches, mix_batches, spread
 from llmjax.data.packing import Rows
 from llmjax.data.records import Prompt
-from llmjax.errors import UserError
 from llmjax.evals.answers import answer_prompts
 from llmjax.evals.language import RoutingChange, bits_per_byte, held_out, language_metrics
 from llmjax.evals.ngram import ngram_nats
@@ -23,7 +23,7 @@ from llmjax.models.stats import active_params, total_params, train_flops_per_tok
 from llmjax.models.transformer import transformer_spec
 from llmjax.objectives.lm import lm_loss
 from llmjax.results import Curve, Figure, Metric, Panel, Sample
-from llmjax.stages.base import Context, Input, Preview, Result, Stage, check_positive, check_split
+from llmjax.stages.base import Context, Input, Preview, Result, Stage, check_split
 from llmjax.stages.datasets import Parts, text_rows
 from llmjax.stages.tuning import balancing, expert_figures, loss_figure, speed_figure
 from llmjax.training.loop import Hook
@@ -46,23 +46,17 @@ class Pretrain(Stage):
 
     data: Data
     init: str = ""
-    steps: int = 300
-    batch_size: int = 32
-    length: int = 128
-    eval_every: int = 100
-    eval_batches: int = 64
-    ngram_tokens: int = 5_000_000
+    steps: PositiveInt = 300
+    batch_size: PositiveInt = 32
+    length: PositiveInt = 128
+    eval_every: PositiveInt = 100
+    eval_batches: NonNegativeInt = 64
+    ngram_tokens: NonNegativeInt = 5_000_000
     optimizer: OptimizerConfig = OptimizerConfig()
 
     title: ClassVar[str] = "Pre-training"
     lead: ClassVar[str] = "Next-token prediction on text, measured on text that was held out."
     chats: ClassVar[bool] = False
-
-    def validate(self) -> None:
-        check_positive(self, "steps", "batch_size", "length", "eval_every")
-        for name in ("eval_batches", "ngram_tokens"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}={getattr(self, name)} must be 0 or more")
 
     def inputs(self) -> tuple[Input, ...]:
         return (Input("init", self.init),) if self.init else ()

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llmjax.config import NonNegativeInt, PositiveInt
 from llmjax.data.base import Data, check_kind
 from llmjax.data.loader import make_batches
 from llmjax.data.packing import right_pad
@@ -32,7 +33,6 @@ from llmjax.stages.base import (
     Stage,
     StageReward,
     as_metrics,
-    check_positive,
     check_split,
 )
 from llmjax.stages.datasets import RankingRows, prepare_rankings, ranking_rows
@@ -55,19 +55,16 @@ class RewardModel(Stage):
 
     data: Data
     init: str = "sft"
-    epochs: int = 1
-    batch_size: int = 16
-    length: int = 256
-    eval_every: int = 0
-    eval_rankings: int = 256
+    epochs: PositiveInt = 1
+    batch_size: PositiveInt = 16
+    length: PositiveInt = 256
+    eval_every: NonNegativeInt = 0
+    eval_rankings: PositiveInt = 256
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=3e-4)
 
     title: ClassVar[str] = "Reward model"
     lead: ClassVar[str] = "A reward model learns from ranked answers which of two is preferred."
     makes: ClassVar = "scalar"
-
-    def validate(self) -> None:
-        check_positive(self, "epochs", "batch_size", "length", "eval_rankings")
 
     def inputs(self) -> tuple[Input, ...]:
         return (Input("init", self.init), *self.data.inputs())

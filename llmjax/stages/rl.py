@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from llmjax.config import PositiveFloat, PositiveInt
 from llmjax.data.base import Data, check_kind
 from llmjax.data.loader import check_enough, make_batches
 from llmjax.data.records import Prompt
@@ -28,7 +29,6 @@ from llmjax.stages.base import (
     Stage,
     StageReward,
     check_decodes,
-    check_positive,
     check_split,
 )
 from llmjax.stages.datasets import PromptRows, PromptSet, prompt_sets
@@ -61,14 +61,14 @@ class RL(Stage):
     policy: str = "sft"
     critic: str = ""
     algorithm: Algorithm = PPO()
-    steps: int = 40
-    batch_size: int = 128
-    epochs: int = 2
-    minibatches: int = 2
-    temperature: float = 1.0
+    steps: PositiveInt = 40
+    batch_size: PositiveInt = 128
+    epochs: PositiveInt = 2
+    minibatches: PositiveInt = 2
+    temperature: PositiveFloat = 1.0
     missing_end_penalty: float = 0.0
-    prompt_length: int = 128
-    max_new_tokens: int = 64
+    prompt_length: PositiveInt = 128
+    max_new_tokens: PositiveInt = 64
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=2e-4, weight_decay=0.0, eps=1e-5)
 
     title: ClassVar[str] = "Reinforcement learning"
@@ -78,7 +78,6 @@ class RL(Stage):
     )
 
     def validate(self) -> None:
-        check_positive(self, "steps", "batch_size", "epochs", "minibatches", "prompt_length", "max_new_tokens")
         if not self.rewards:
             raise UserError("no reward; give at least one, such as rewards={'right': Number()}")
         for name in self.weights:
@@ -89,8 +88,6 @@ class RL(Stage):
             raise UserError(f"batch_size={self.batch_size} is not divisible by {group}")
         if self.batch_size % self.minibatches:
             raise UserError(f"batch_size={self.batch_size} cannot be cut into minibatches={self.minibatches} equal parts")
-        if self.temperature <= 0:
-            raise UserError(f"temperature={self.temperature} must be positive: RL learns from samples")
         if self.critic and not self.algorithm.needs_critic:
             raise UserError(f"critic={self.critic!r}: {type(self.algorithm).__name__} has no critic; leave it out")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from llmjax.config import PositiveInt
 from llmjax.data.base import Data, check_kind
 from llmjax.data.loader import held_out_batches, mix_batches
 from llmjax.data.records import Dialogue
@@ -13,7 +14,7 @@ from llmjax.models.lora import LoRAConfig, lora_spec
 from llmjax.objectives.lm import lm_loss
 from llmjax.results import Bars, Metric
 from llmjax.stages.answers import Asked
-from llmjax.stages.base import Context, Input, Preview, Result, Stage, check_decodes, check_positive, check_split
+from llmjax.stages.base import Context, Input, Preview, Result, Stage, check_decodes, check_split
 from llmjax.stages.datasets import Parts, dialogue_rows
 from llmjax.stages.pretrain import window_examples
 from llmjax.stages.tuning import Tuned, expert_figures, loss_figure, speed_figure
@@ -35,18 +36,15 @@ class SFT(Stage):
     data: Data
     init: str = "pretrain"
     lora: LoRAConfig | None = None
-    steps: int = 100
-    batch_size: int = 32
-    length: int = 128
-    eval_every: int = 50
-    eval_batches: int = 16
+    steps: PositiveInt = 100
+    batch_size: PositiveInt = 32
+    length: PositiveInt = 128
+    eval_every: PositiveInt = 50
+    eval_batches: PositiveInt = 16
     optimizer: OptimizerConfig = OptimizerConfig(learning_rate=5e-4)
 
     title: ClassVar[str] = "SFT"
     lead: ClassVar[str] = "Supervised fine-tuning on dialogues; only the assistant's words and its end of turn carry loss."
-
-    def validate(self) -> None:
-        check_positive(self, "steps", "batch_size", "length", "eval_every", "eval_batches")
 
     def inputs(self) -> tuple[Input, ...]:
         return (Input("init", self.init),)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from llmjax.config import NonNegativeFloat
 from llmjax.data.records import Completion, Prompt
 from llmjax.errors import UserError
 
@@ -50,11 +51,7 @@ class RewardRanker(Ranker):
     """
 
     reward: Reward
-    noise: float = 0.0
-
-    def validate(self) -> None:
-        if self.noise < 0:
-            raise UserError(f"noise={self.noise} must be 0 or more")
+    noise: NonNegativeFloat = 0.0
 
     def rank(self, prompt: Prompt, completions: Sequence[Completion], rng: np.random.Generator) -> Sequence[int]:
         keys = [(completion.text, completion.ended) for completion in completions]

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from decimal import Decimal
 
+from llmjax.config import NonNegativeFloat, NonNegativeInt
 from llmjax.data.records import Completion, Prompt
 from llmjax.errors import UserError
 
@@ -26,12 +27,8 @@ class Number:
     """
 
     field: str = "answer"
-    tolerance: float = 0.0
+    tolerance: NonNegativeFloat = 0.0
     only: bool = False
-
-    def validate(self) -> None:
-        if self.tolerance < 0:
-            raise UserError(f"tolerance={self.tolerance} must be 0 or more")
 
     def __call__(self, prompt: Prompt, completion: Completion) -> bool:
         references = [numbers(reference) for reference in _references(prompt, self.field)]
@@ -81,12 +78,12 @@ class Matches:
 class Length:
     """Whether the answer ended itself and has between `least` and `most` words."""
 
-    least: int = 1
-    most: int = 100
+    least: NonNegativeInt = 1
+    most: NonNegativeInt = 100
 
     def validate(self) -> None:
-        if not 0 <= self.least <= self.most:
-            raise UserError(f"least={self.least} and most={self.most}: give 0 <= least <= most")
+        if self.least > self.most:
+            raise UserError(f"least={self.least} must not exceed most={self.most}")
 
     def __call__(self, prompt: Prompt, completion: Completion) -> bool:
         del prompt

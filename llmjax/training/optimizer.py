@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import optax
 
-from llmjax.errors import UserError
+from llmjax.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, Range
 from llmjax.models.spec import is_spec
 
 
@@ -20,24 +20,15 @@ class OptimizerConfig:
     weight_decay: on matrices only. grad_clip: largest global norm of the gradient, 0 for none.
     """
 
-    learning_rate: float = 1e-3
-    warmup_steps: int = 20
+    learning_rate: PositiveFloat = 1e-3
+    warmup_steps: NonNegativeInt = 20
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    final_fraction: float = 0.1
-    b1: float = 0.9
-    b2: float = 0.95
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    grad_clip: float = 1.0
-
-    def validate(self) -> None:
-        if self.learning_rate <= 0:
-            raise UserError(f"learning_rate={self.learning_rate} must be positive")
-        if self.warmup_steps < 0:
-            raise UserError(f"warmup_steps={self.warmup_steps} must be 0 or more")
-        for name in ("b1", "b2", "final_fraction"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise UserError(f"{name}={getattr(self, name)} must be between 0 and 1")
+    final_fraction: Fraction = 0.1
+    b1: Annotated[float, Range(least=0, below=1)] = 0.9
+    b2: Annotated[float, Range(least=0, below=1)] = 0.95
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    grad_clip: NonNegativeFloat = 1.0
 
 
 def learning_rate_schedule(cfg: OptimizerConfig, num_steps: int) -> optax.Schedule:

@@ -12,6 +12,7 @@ import optax
 import pytest
 import tiny
 
+from llmjax.config import validate
 from llmjax.errors import UserError
 from llmjax.generation.decode import generate
 from llmjax.generation.sampling import SamplingConfig
@@ -197,7 +198,7 @@ def test_at_ratio_one_the_gradient_is_that_of_reinforce_with_the_groups_mean_as_
         (PPO(clip_ratio=0.0), "0.0 must be positive"),
         (PPO(gamma=1.1), "gamma=1.1 must be between 0 and 1"),
         (PPO(gae_lambda=-0.5), "gae_lambda=-0.5 must be between 0 and 1"),
-        (GRPO(group_size=1), "group_size=1: a group has at least 2 answers"),
+        (GRPO(group_size=1), "group_size=1 must be at least 2"),
         (GRPO(kl_coef=-1.0), "kl_coef=-1.0 must be 0 or more"),
         (GRPO(clip_high=-0.2), "-0.2 must be positive"),
         (GRPO(clip_low=0.0), "must be positive"),
@@ -205,7 +206,7 @@ def test_at_ratio_one_the_gradient_is_that_of_reinforce_with_the_groups_mean_as_
 )  # fmt: skip
 def test_impossible_settings_are_refused(algorithm, what):
     with pytest.raises(UserError, match=re.escape(what)):
-        algorithm.validate()
+        validate(algorithm)
 
 
 # What they converge to

@@ -289,7 +289,7 @@ def test_validate_prefixes_the_path():
     # A key stands in its dict's place, as on the command line.
     with pytest.raises(UserError, match=r"^dense\.model\.moe: top_k=9"):
         config_lib.validate(Study({"dense": Experiment(model=bad)}))
-    with pytest.raises(UserError, match=r"^MoE: top_k=9"):
+    with pytest.raises(UserError, match=r"^top_k=9"):
         config_lib.validate(MoE(top_k=9))
     config_lib.validate(STUDY)
     config_lib.validate(STAGED)

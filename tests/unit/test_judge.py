@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
+from llmjax.config import validate
 from llmjax.data.records import Completion, Prompt, user
 from llmjax.errors import UserError
 from llmjax.tasks.base import Ranker, RewardRanker, noisy_ranks, score
@@ -272,7 +273,7 @@ def test_a_reward_ranks_as_a_person_would():
     cut = [Completion(LIVES), Completion(LIVES, ended=False)]
     assert any(noisy.rank(prompt, cut, rng) == [1, 0] for _ in range(50)), "another ending is another answer"
     with pytest.raises(UserError, match="noise=-1"):
-        RewardRanker(gold.gold, -1).validate()
+        validate(RewardRanker(gold.gold, -1))
     assert list(Ranker().scores(prompt, answers)) == []
 
 

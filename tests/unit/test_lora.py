@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
+from llmjax.config import validate
 from llmjax.errors import UserError
 from llmjax.models.config import MLAConfig
 from llmjax.models.linear import LowRank
@@ -112,7 +113,7 @@ def test_gradients_are_those_of_the_merged_model(name):
 def test_wrong_configs(fields, words):
     lora = dataclasses.replace(LORA, **fields)
     with pytest.raises(UserError, match=words):
-        lora.validate()
+        validate(lora)
         lora_spec(tiny.DENSE, lora)
 
 

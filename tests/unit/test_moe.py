@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from llmjax.config import validate
 from llmjax.errors import UserError
 from llmjax.models.config import MoEConfig
 from llmjax.models.layers import Mlp
@@ -67,16 +68,16 @@ def test_ties_go_to_the_lower_expert():
 @pytest.mark.parametrize(
     "fields, words",
     [
-        (dict(num_experts=2, top_k=3), "top_k=3 must be between 1 and num_experts=2"),
-        (dict(top_k=0), "top_k=0 must be between 1"),
+        (dict(num_experts=2, top_k=3), "top_k=3 must not exceed num_experts=2"),
+        (dict(top_k=0), "top_k=0 must be positive"),
         (dict(top_k=1), "top_k=1 with renormalize=True"),
         (dict(mlp_dim=0), "mlp_dim=0"),
     ],
 )
 def test_impossible_routings_are_refused(fields, words):
     with pytest.raises(UserError, match=words):
-        MoEConfig(**fields).validate()
-    MoEConfig(num_experts=2, top_k=1, renormalize=False).validate()
+        validate(MoEConfig(**fields))
+    validate(MoEConfig(num_experts=2, top_k=1, renormalize=False))
 
 
 # Losses and statistics

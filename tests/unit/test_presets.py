@@ -3,6 +3,7 @@
 import jax
 import pytest
 
+from llmjax.config import validate
 from llmjax.errors import UserError
 from llmjax.models.presets import PRESETS, preset
 from llmjax.models.spec import abstract_params
@@ -47,7 +48,7 @@ def test_every_preset_has_a_published_size():
 @pytest.mark.parametrize("name", PRESETS)
 def test_invariant_29_published_sizes(name):
     cfg = preset(name)
-    cfg.validate()
+    validate(cfg)
     total, active = PUBLISHED[name]
     assert total_params(cfg) / 1e9 == pytest.approx(total, rel=2e-3)
     assert active_params(cfg) / 1e9 == pytest.approx(active, rel=2e-3)

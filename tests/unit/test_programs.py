@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import pytest
 import tiny
 
-from llmjax.config import load_experiment
+from llmjax.config import load_experiment, validate
 from llmjax.data.tokenizer import Tokenizer, TokenizerConfig
 from llmjax.models.heads import scalar_model_spec
 from llmjax.models.lora import LoRAConfig
@@ -84,7 +84,7 @@ def variant(kind: str) -> tuple[Experiment, str]:
 @pytest.mark.parametrize("kind", VARIANTS)
 def test_programs_are_made_of_shapes_alone(nothing_is_made, kind):
     experiment, stage = variant(kind)
-    experiment.validate()
+    validate(experiment)
     context = context_of(experiment)
     before = {id(array) for array in jax.live_arrays()}
     programs = programs_of(context, stage)
@@ -108,7 +108,7 @@ def test_programs_for_a_mesh(nothing_is_made, stage):
     experiment = load_experiment(f"{QUICKSTART}:test")
     experiment = experiment.with_stage("ppo", minibatches=1)
     experiment = dataclasses.replace(experiment, mesh=MeshConfig(data=2, fsdp=4))
-    experiment.validate()
+    validate(experiment)
     mesh = make_mesh(experiment.mesh)
     with use_mesh(mesh):
         update = programs_of(context_of(experiment, mesh), stage)["update"]

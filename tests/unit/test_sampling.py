@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from llmjax.config import validate
 from llmjax.errors import UserError
 from llmjax.generation.sampling import SamplingConfig, restrict, sample
 
@@ -81,4 +82,4 @@ def test_equal_keys_draw_equal_tokens_and_different_keys_do_not():
 )
 def test_impossible_settings_are_refused(fields):
     with pytest.raises(UserError, match=f"{next(iter(fields))}="):
-        SamplingConfig(**fields).validate()
+        validate(SamplingConfig(**fields))

@@ -8,6 +8,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from llmjax import sharding
+from llmjax.config import validate
 from llmjax.errors import UserError
 from llmjax.models.spec import init_params
 from llmjax.models.transformer import transformer_spec
@@ -74,8 +75,8 @@ def test_a_batch_is_split_over_the_batch_axes():
 def test_too_few_devices():
     with pytest.raises(UserError, match=r"data=3 x tensor=4 needs 12 devices, 8 found; .*--cpu_devices=12"):
         sharding.make_mesh(MeshConfig(data=3, tensor=4))
-    with pytest.raises(UserError, match="fsdp=0: a mesh axis needs at least 1 device"):
-        MeshConfig(fsdp=0).validate()
+    with pytest.raises(UserError, match="fsdp=0 must be positive"):
+        validate(MeshConfig(fsdp=0))
 
 
 def test_a_batch_that_does_not_divide():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 
+from llmjax.config import validate
 from llmjax.errors import UserError
 from llmjax.generation.decode import decode_step, prefill
 from llmjax.interop.hf_config import family_of, hf_config, model_config
@@ -47,8 +48,7 @@ LOOPS = ("unroll", "scan")
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_which_layers_are_sparse(layout):
     cfg = model(*LAYOUTS[layout])
-    cfg.validate()
-    cfg.moe.validate()
+    validate(cfg)
     assert cfg.sparse_layers == tuple(letter == "S" for letter in layout)
     assert cfg.num_dense_layers == layout.count("D")
     seen = {"S": 0, "D": 0}
@@ -167,6 +167,5 @@ def test_decoder_sparse_step_is_read_and_written():
 def test_impossible_layouts_are_refused(shape, words):
     cfg = model(*shape)
     with pytest.raises(UserError, match=words) as refused:
-        cfg.validate()
-        cfg.moe.validate()
+        validate(cfg)
     assert "\n" not in str(refused.value)

@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 
+from llmjax.config import validate
 from llmjax.data import tokenizer as tokenizer_lib
 from llmjax.data.tokenizer import (
     END_OF_TURN,
@@ -69,7 +70,7 @@ def test_a_bpe_is_learnt_from_the_beginning_of_the_text():
     # A text that goes beyond is read in part.
     assert Tokenizer.train(["abababab " * 20 + "cdcdcdcd" * 99], cfg).encode("cdcd") == short.encode("cdcd")
     with pytest.raises(UserError, match="train_chars=0 must be positive"):
-        TokenizerConfig(train_chars=0).validate()
+        validate(TokenizerConfig(train_chars=0))
 
 
 def test_text_without_spaces_is_learnt_from_in_reasonable_time():
@@ -218,10 +219,10 @@ def test_load_errors_are_one_line(bpe, tmp_path):
 
 def test_config_and_text_errors(bpe):
     with pytest.raises(UserError, match="vocab_size=261 is less than 262"):
-        TokenizerConfig(vocab_size=261).validate()
+        validate(TokenizerConfig(vocab_size=261))
     with pytest.raises(UserError, match="vocab_size=100"):
         Tokenizer.train([], TokenizerConfig(vocab_size=100))
-    TokenizerConfig(kind="byte", vocab_size=1).validate()
+    validate(TokenizerConfig(kind="byte", vocab_size=1))
     assert TokenizerConfig(kind="byte", vocab_size=1).size == 262 and TokenizerConfig(vocab_size=300).size == 300
     with pytest.raises(UserError, match="lone surrogate"):
         bpe.encode("a\ud800")

@@ -74,7 +74,7 @@ def workdir(tmp_path) -> pathlib.Path:
     (["--config.ppo.critic=sft"], "ppo.critic='sft' makes a language model; a scalar model is needed"),
     (["--config.ppo.algorithm.kl_coef=-1"], "ppo.algorithm: kl_coef=-1.0 must be 0 or more"),
     (["--config.ppo.algorithm=GRPO"], "ppo: critic='reward': GRPO has no critic; leave it out"),
-    (["--config.model.moe.top_k=9"], "model.moe: top_k=9 must be between 1 and num_experts=8"),
+    (["--config.model.moe.top_k=9"], "model.moe: top_k=9 must not exceed num_experts=8"),
     (["--config.model.num_heads=3"], "model: num_heads=3 is not a multiple of num_kv_heads=2"),
     (["--config.mesh.data=3", "--config.evaluation.batch_size=3", "--config.pretrain.batch_size=32"],
      "pretrain.batch_size=32 is not divisible by the 3 batch shards of the mesh (data=3); use pretrain.batch_size=33"),
@@ -108,7 +108,7 @@ def test_experiment_without_a_stage(capsys, workdir, tmp_path):
     file = tmp_path / "nothing.py"
     file.write_text("from llmjax.stages.experiment import Experiment\ndef get_config(): return Experiment('nothing')\n")
     line = error_of(capsys, f"--config={file}", f"--workdir={workdir}")
-    assert line == "Experiment: no stage: give at least one"
+    assert line == "no stage: give at least one"
 
 
 # ---- data -------------------------------------------------------------------------------------------------------

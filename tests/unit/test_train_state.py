@@ -9,6 +9,7 @@ import tiny
 from jax.sharding import PartitionSpec as P
 
 from llmjax import sharding
+from llmjax.config import validate
 from llmjax.errors import UserError
 from llmjax.models.spec import ParamSpec
 from llmjax.models.transformer import transformer_spec
@@ -105,7 +106,7 @@ def test_learning_rate(schedule):
 @pytest.mark.parametrize("fields", [dict(learning_rate=0.0), dict(warmup_steps=-1), dict(b2=1.5)])
 def test_impossible_optimizers_are_refused(fields):
     with pytest.raises(UserError, match=f"{next(iter(fields))}="):
-        OptimizerConfig(**fields).validate()
+        validate(OptimizerConfig(**fields))
 
 
 def test_keys_differ_by_purpose_and_agree_with_themselves():

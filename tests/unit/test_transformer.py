@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import tiny
 
+from llmjax.config import validate
 from llmjax.errors import UserError
 from llmjax.models import transformer
 from llmjax.models.attention import Attention
@@ -95,7 +96,7 @@ def test_a_cache_needs_positions():
 )
 def test_impossible_shapes_are_refused(fields, words):
     with pytest.raises(UserError, match=words):
-        ModelConfig(**fields).validate()
+        validate(ModelConfig(**fields))
 
 
 # Counts

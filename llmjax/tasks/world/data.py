@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from llmjax.config import NonNegativeInt, PositiveInt
 from llmjax.data.base import Data, Place, Splits
 from llmjax.data.records import Dialogue, Prompt
 from llmjax.errors import UserError
@@ -25,13 +26,9 @@ def _splits(place: Place, kind: str, seed: int, size: int = 0) -> Splits:
 class WorldText(Data):
     """Documents about the world. num_documents: for training; a twentieth as many are held out. seed: of the world."""
 
-    num_documents: int = 45_000
-    seed: int = 0
+    num_documents: PositiveInt = 45_000
+    seed: NonNegativeInt = 0
     kind: ClassVar[type] = str
-
-    def validate(self) -> None:
-        if self.num_documents < 1:
-            raise UserError(f"num_documents={self.num_documents} must be positive")
 
     def read(self, place: Place) -> Splits:
         return _splits(place, "documents", self.seed, self.num_documents)
@@ -44,13 +41,9 @@ class WorldDialogues(Data):
     num_dialogues: for training; a tenth as many are held out, about other facts. seed: of the world.
     """
 
-    num_dialogues: int = 8_000
-    seed: int = 0
+    num_dialogues: PositiveInt = 8_000
+    seed: NonNegativeInt = 0
     kind: ClassVar[type] = Dialogue
-
-    def validate(self) -> None:
-        if self.num_dialogues < 1:
-            raise UserError(f"num_dialogues={self.num_dialogues} must be positive")
 
     def read(self, place: Place) -> Splits:
         return _splits(place, "dialogues", self.seed, self.num_dialogues)
@@ -64,7 +57,7 @@ class WorldPrompts(Data):
     """
 
     kinds: tuple[str, ...] = ()
-    seed: int = 0
+    seed: NonNegativeInt = 0
     kind: ClassVar[type] = Prompt
 
     def validate(self) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from llmjax.config import Fraction
 from llmjax.errors import UserError
 from llmjax.tasks.world import language
 from llmjax.tasks.world.documents import World, mention, pick, sample
@@ -50,13 +51,13 @@ class Question:
 class Demonstrators:
     """How often the people who write demonstrations do what. Independent draws; each a probability."""
 
-    polite: float = 0.45
-    full_sentence: float = 0.60
-    rambling: float = 0.30
-    wrong: float = 0.12
-    no_period: float = 0.10
-    follow_up: float = 0.20
-    system: float = 0.10
+    polite: Fraction = 0.45
+    full_sentence: Fraction = 0.60
+    rambling: Fraction = 0.30
+    wrong: Fraction = 0.12
+    no_period: Fraction = 0.10
+    follow_up: Fraction = 0.20
+    system: Fraction = 0.10
 
 
 @dataclasses.dataclass(frozen=True)
