@@ -94,6 +94,9 @@ def use_cpu_devices(count: int) -> None:
     """Splits the CPU into `count` virtual devices, a stand-in for a pod. Before any JAX computation."""
     if count < 1:
         raise UserError(f"--cpu_devices={count} must be positive")
+    # On few cores a device may be minutes late at a collective; XLA's own limit of 40 s would end the process.
+    patience = " ".join(f"--xla_cpu_collective_{name}_seconds=3600" for name in ("timeout", "call_terminate_timeout"))
+    os.environ["XLA_FLAGS"] = f"{patience} {os.environ.get('XLA_FLAGS', '')}"
     import jax
 
     jax.config.update("jax_platforms", "cpu")

@@ -167,25 +167,27 @@ def constrain(x: Array, letters: str) -> Array:
     return jax.sharding.reshard(x, spec) if _is_explicit(mesh) else jax.lax.with_sharding_constraint(x, spec)
 
 
-def einsum(equation: str, x: Array, w: Array, *, out_dtype=None) -> Array:
+def einsum(equation: str, x: Array, w: Array, *, out_dtype=None, precision: jax.lax.Precision | None = None) -> Array:
     """The einsum of activations `x` with a weight `w`, in glossary letters, e.g. "BTD,DF->BTF".
 
     Without a mesh, the leading letters of `x` are flattened so that the product and both its gradients are plain 2-D
     matrix products. On a mesh, `w` is gathered over fsdp and the output is sharded by its letters. `out_dtype` asks for
-    accumulation and output in that dtype (float32 for logits).
+    accumulation and output in that dtype (float32 for logits). `precision`: HIGHEST for products whose factors must not be
+    rounded (TPUs round float32 to bfloat16 by default, GPUs to TF32).
     """
     inputs, out = equation.split("->")
     x_letters, w_letters = inputs.split(",")
     mesh = _active_mesh()
     if mesh is None:
-        return _flat_einsum(x_letters, w_letters, out, x, w, out_dtype)
+        return _flat_einsum(x_letters, w_letters, out, x, w, out_dtype, precision)
     w = constrain(w, w_letters)
     if _is_explicit(mesh):
-        return jnp.einsum(equation, x, w, preferred_element_type=out_dtype, out_sharding=letters_spec(out))
-    return constrain(jnp.einsum(equation, x, w, preferred_element_type=out_dtype), out)
+        where = letters_spec(out)
+        return jnp.einsum(equation, x, w, precision=precision, preferred_element_type=out_dtype, out_sharding=where)
+    return constrain(jnp.einsum(equation, x, w, precision=precision, preferred_element_type=out_dtype), out)
 
 
-def _flat_einsum(x_letters: str, w_letters: str, out: str, x: Array, w: Array, out_dtype) -> Array:
+def _flat_einsum(x_letters: str, w_letters: str, out: str, x: Array, w: Array, out_dtype, precision) -> Array:
     shared = [c for c in x_letters if c in w_letters]
     contracted = "".join(shared)
     kept = x_letters[: len(x_letters) - len(contracted)]
@@ -200,7 +202,7 @@ def _flat_einsum(x_letters: str, w_letters: str, out: str, x: Array, w: Array, o
     w_first = w_letters.startswith(contracted)
     w_2d = w.reshape((inner, outer) if w_first else (outer, inner))
     dims = (((1,), (0 if w_first else 1,)), ((), ()))
-    y = jax.lax.dot_general(x.reshape(rows, inner), w_2d, dims, preferred_element_type=out_dtype)
+    y = jax.lax.dot_general(x.reshape(rows, inner), w_2d, dims, precision, preferred_element_type=out_dtype)
     return y.reshape(x.shape[: len(kept)] + new_shape)
 
 

@@ -23,17 +23,27 @@ class SamplingConfig:
 
 
 def restrict(logits_BV: Float[Array, "B V"], top_k: int, top_p: float) -> Float[Array, "B V"]:
-    """-inf outside the top_k tokens and outside the smallest set of probability >= top_p (nucleus, arXiv:1904.09751)."""
+    """-inf outside the top_k tokens and outside the smallest set of probability >= top_p (nucleus, arXiv:1904.09751).
+
+    Of equal logits those of lower ids come first.
+    """
     if top_k:
-        kth = jax.lax.top_k(logits_BV, min(top_k, logits_BV.shape[-1]))[0][:, -1:]
-        logits_BV = jnp.where(logits_BV < kth, -jnp.inf, logits_BV)
+        count = min(top_k, logits_BV.shape[-1])
+        logits_BV = _highest(logits_BV, jax.lax.top_k(logits_BV, count)[0][:, -1:], count)
     if top_p < 1:
         ordered = jnp.sort(logits_BV, axis=-1, descending=True)
         probs = jax.nn.softmax(ordered, axis=-1)
         kept = jnp.cumsum(probs, axis=-1) - probs < top_p
-        threshold = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
-        logits_BV = jnp.where(logits_BV < threshold, -jnp.inf, logits_BV)
+        least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+        logits_BV = _highest(logits_BV, least, jnp.sum(kept, axis=-1, keepdims=True))
     return logits_BV
+
+
+def _highest(logits_BV: Array, least: Array, count: Array | int) -> Array:
+    """-inf outside the `count` highest logits, of which `least` is the last: [B, 1]."""
+    above, equal = logits_BV > least, logits_BV == least
+    room = count - jnp.sum(above, axis=-1, keepdims=True)
+    return jnp.where(above | equal & (jnp.cumsum(equal, axis=-1) <= room), logits_BV, -jnp.inf)
 
 
 def sample(logits_BV: Float[Array, "B V"], keys_B: Array, cfg: SamplingConfig) -> tuple[Array, Array]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 from flax import struct
+from jax.lax import Precision
 from jax.sharding import Mesh
 
 from llmjax import sharding
@@ -53,7 +54,7 @@ def scalars(
     x_BTD, _, stats = hidden_states(
         params.backbone, tokens_BT, cfg, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT
     )
-    y_BTO = sharding.einsum("BTD,DO->BTO", x_BTD.astype(jnp.float32), params.weight)
+    y_BTO = sharding.einsum("BTD,DO->BTO", x_BTD.astype(jnp.float32), params.weight, precision=Precision.HIGHEST)
     return y_BTO[..., 0] + params.bias[0], stats
 
 

@@ -182,7 +182,7 @@ def router_logits(w: Moe, x_BTD: Array, moe: MoEConfig, key: PRNGKeyArray | None
     x_BTD = x_BTD.astype(jnp.float32)
     if moe.router_jitter and jitter_key is not None:
         x_BTD = jitter(x_BTD, moe, jitter_key)
-    logits_BTE = sharding.einsum("BTD,DE->BTE", x_BTD, w.router)
+    logits_BTE = sharding.einsum("BTD,DE->BTE", x_BTD, w.router, precision=jax.lax.Precision.HIGHEST)
     if w.router_bias is not None:
         logits_BTE = logits_BTE + w.router_bias
     return noisy_logits(logits_BTE, moe, noise_key) if moe.router_noise and noise_key is not None else logits_BTE

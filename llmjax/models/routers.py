@@ -67,7 +67,7 @@ def route(
     else:
         weights_BTC = jnp.take_along_axis(scores_BTE, ids_BTC, axis=-1)
         if cfg.renormalize:
-            weights_BTC = weights_BTC / jnp.sum(weights_BTC, axis=-1, keepdims=True)
+            weights_BTC = _shares(weights_BTC)
     return Routing(ids_BTC, weights_BTC * cfg.routed_scaling if cfg.routed_scaling != 1.0 else weights_BTC, probs_BTE)
 
 
@@ -77,7 +77,15 @@ def _scores(logits_BTE, cfg: MoEConfig):
         probs_BTE = jax.nn.softmax(logits_BTE, axis=-1)
         return probs_BTE, probs_BTE
     scores_BTE = jax.nn.sigmoid(logits_BTE)
-    return scores_BTE, scores_BTE / jnp.sum(scores_BTE, axis=-1, keepdims=True)
+    return scores_BTE, _shares(scores_BTE)
+
+
+def _shares(scores: Array) -> Array:
+    """Scores divided by their sum over the last axis; all 0, with finite gradients, where sigmoids have underflowed.
+
+    DeepSeek-V3's code adds 1e-20; 1e-18 is the same to float32, and its square can still be divided by.
+    """
+    return scores / (jnp.sum(scores, axis=-1, keepdims=True) + 1e-18)
 
 
 def _choice(scores_BTE, cfg: MoEConfig, selection_bias_E):

@@ -1,5 +1,7 @@
 """The scalar head: an affine map of hidden states, read at the last real token."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -20,6 +22,13 @@ def test_scalars_are_an_affine_map_of_hidden_states(cfg):
     got, _ = jax.jit(lambda p, t: scalars(p, t, cfg))(params, text)
     assert got.shape == (2, 6) and got.dtype == jnp.float32
     np.testing.assert_allclose(got, (np.asarray(x) @ np.asarray(params.weight))[..., 0] + 0.3, atol=1e-5)
+
+
+@both
+def test_heads_and_routers_round_no_factor(cfg):
+    cfg = dataclasses.replace(cfg, layer_loop="unroll", dtype="bfloat16")
+    program = str(jax.make_jaxpr(lambda p, t: scalars(p, t, cfg))(tiny.scalar_model(cfg), tiny.tokens(cfg, 2, 6)))
+    assert program.count("precision=(Precision.HIGHEST, Precision.HIGHEST)") == 1 + sum(cfg.sparse_layers)
 
 
 @pytest.mark.parametrize("segments, last", [([1, 1, 1, 1], 3), ([1, 1, 0, 0], 1), ([0, 0, 1, 1], 3), ([0, 1, 1, 0], 2)])

@@ -58,6 +58,18 @@ def test_without_renormalisation_the_weights_are_the_probabilities():
     np.testing.assert_allclose(weights, np.take_along_axis(softmax, np.asarray(ids), axis=-1), rtol=1e-5)
 
 
+def test_sigmoids_that_have_underflowed_weigh_nothing():
+    cfg = MoEConfig(num_experts=4, top_k=2, scoring="sigmoid", renormalize=True)
+    logits = jnp.full((1, 1, 4), -200.0)
+
+    def total(logits):
+        routing = route(logits, cfg)
+        return jnp.sum(routing.weights) + jnp.sum(routing.probs)
+
+    assert jax.value_and_grad(total)(logits)[0] == 0 and np.all(np.isfinite(jax.grad(total)(logits)))
+    np.testing.assert_allclose(route(logits + 170, cfg).weights, 0.5, rtol=1e-4)  # e^-30: the 1e-18 is not seen
+
+
 def test_ties_go_to_the_lower_expert():
     routing = route(jnp.zeros((1, 1, E)), CFG)
     ids, weights = routing.ids, routing.weights

@@ -30,6 +30,13 @@ def heap(**environment) -> str:
     return subprocess.run(command, env=os.environ | environment, capture_output=True, text=True, check=True).stdout.strip()
 
 
+def test_virtual_devices_may_be_late():
+    start = "import os; from llmjax import runtime; runtime.use_cpu_devices(3); import jax"
+    command = [sys.executable, "-c", start + "; print(len(jax.devices()), os.environ)"]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert printed.startswith("3 ") and "--xla_cpu_collective_call_terminate_timeout_seconds=3600" in printed
+
+
 @pytest.mark.skipif(not os.path.exists("/sys/kernel/mm/transparent_hugepage"), reason="a kernel without huge pages")
 @pytest.mark.skipif(
     not hasattr(os, "sysconf") or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 2**33, reason="needs 8 GB"

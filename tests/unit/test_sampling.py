@@ -46,6 +46,15 @@ def test_kept_tokens(top_k, top_p):
     np.testing.assert_array_equal(got[kept], logits[kept])
 
 
+TIES = [(2, 1.0, [1, 2]), (3, 1.0, [1, 2, 3]), (0, 0.5, [1, 2]), (0, 0.51, [1, 2, 3]), (4, 0.2, [1]), (3, 0.6, [1, 2])]
+
+
+@pytest.mark.parametrize("top_k, top_p, kept", TIES)
+def test_of_equal_logits_no_more_are_kept_than_are_wanted(top_k, top_p, kept):
+    logits = jnp.asarray([[-99.0, 1.0, 1.0, 1.0, 1.0, -99.0]] * 2)  # four equal ones of a quarter each
+    assert [list(np.flatnonzero(np.isfinite(row))) for row in restrict(logits, top_k, top_p)] == [kept, kept]
+
+
 def test_tokens_come_as_often_as_their_probability():
     logits, cfg = some_logits(1), SamplingConfig(temperature=0.7, top_k=6, top_p=0.9)
     rows = 20_000
