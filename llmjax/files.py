@@ -1,7 +1,8 @@
-"""Files and folders, written whole or not at all, and read with one-line errors."""
+"""Files and folders, written whole or not at all, sealed against damage, and read with one-line errors."""
 
 import collections.abc
 import contextlib
+import hashlib
 import json
 import os
 import pathlib
@@ -102,3 +103,45 @@ def _refuse_to_lose(path: pathlib.Path, new: pathlib.Path) -> None:
     lost = sorted(set(os.listdir(path)) - set(os.listdir(new)))
     if lost:
         raise UserError(f"{path}: holds other files ({', '.join(lost[:3])}) that would be lost; choose an empty folder")
+
+
+SEAL = "sha256.json"
+
+
+def seal(folder: str | os.PathLike, digests: bool = True) -> None:
+    """Writes down size and SHA-256 of every file in `folder`, for `damage` to find out what has changed since.
+
+    digests: False writes the sizes only, which costs nothing and shows files that are missing or cut.
+    """
+    folder = pathlib.Path(folder)
+    files = {name: [size, _digest(folder / name) if digests else None] for name, size in _sizes(folder)}
+    write_json_atomic(folder / SEAL, files)
+
+
+def damage(folder: str | os.PathLike) -> str:
+    """What is wrong with a sealed folder, in words; "" if it is as it was when it was sealed."""
+    folder = pathlib.Path(folder)
+    try:
+        expected = {name: (int(size), digest) for name, (size, digest) in read_json(folder / SEAL).items()}
+    except (UserError, AttributeError, TypeError, ValueError):
+        return f"{SEAL} is missing or cannot be read"
+    sizes = dict(_sizes(folder))
+    for name, (size, digest) in expected.items():
+        if name not in sizes:
+            return f"{name} is missing"
+        if sizes[name] != size:
+            return f"{name} has {sizes[name]} bytes instead of {size}"
+        if digest is not None and _digest(folder / name) != digest:
+            return f"{name} has changed"
+    unknown = sorted(set(sizes) - set(expected))
+    return f"{unknown[0]} does not belong there" if unknown else ""
+
+
+def _sizes(folder: pathlib.Path) -> list[tuple[str, int]]:
+    files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / SEAL)
+    return [(path.relative_to(folder).as_posix(), path.stat().st_size) for path in files]
+
+
+def _digest(path: pathlib.Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -193,11 +193,12 @@ def complete(experiment: Experiment, workdir: str, opened: dict[str, Splits]) ->
 def _hand_on(context: Context, result: Result) -> None:
     """Keeps what a stage has made: the parameters first, last its result, which makes it complete. Checkpoints go then."""
     stage = context.experiment.stages[context.name]
-    checkpoint.save_params(context.path(PARAMS), result.params)
+    digests = context.experiment.checkpoint_digests
+    checkpoint.save_params(context.path(PARAMS), result.params, digests)
     lora = None
     if result.adapter is not None:
         updates, lora = result.adapter
-        checkpoint.save_params(context.path(ADAPTER), updates)
+        checkpoint.save_params(context.path(ADAPTER), updates, digests)
     summary = Summary(
         context.name, stage.title or type(stage).__name__, stage.lead, result.steps, round(result.seconds, 1), result.tokens,
         tuple(result.metrics), tuple(result.figures), tuple(result.samples), tuple(result.tables),

@@ -48,4 +48,4 @@ def _may_differ(path: str, workdir: str) -> bool:
     section, _, rest = path.partition(".")
     if section == "stages" and rest:
         return not os.path.exists(os.path.join(workdir, rest.partition(".")[0]))
-    return section in ("mesh", "checkpoint_seconds")
+    return section in ("mesh", "checkpoint_seconds", "checkpoint_digests")

@@ -229,7 +229,7 @@ class Context:
         progress line.
         """
         began = time.monotonic()
-        checkpoints = Checkpoints(self.path("checkpoints"))
+        checkpoints = Checkpoints(self.path("checkpoints"), digests=self.experiment.checkpoint_digests, say=self.say)
         tokens = tokens_per_step or program.tokens
         loop = Loop(
             stage=self.name, num_steps=num_steps, key=self.key("step"), mesh=self.mesh, metrics=self.metrics,

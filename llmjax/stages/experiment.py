@@ -50,7 +50,8 @@ class Experiment:
 
     stages: by name, in the order in which they run. model: its shape; that of a Hugging Face folder where a stage starts from
     one. tokenizer: as it is trained, where none is given by such a folder. seed: the root of all randomness.
-    checkpoint_seconds: between two saves of a stage.
+    checkpoint_seconds: between two saves of a stage. checkpoint_digests: a checkpoint is written with the SHA-256 of its files
+    and checked when it is read; false for huge ones, whose sizes alone are checked.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Experiment:
     stages: dict[str, Stage] = field(default_factory=dict)
     evaluation: Evaluation = Evaluation()
     checkpoint_seconds: PositiveFloat = 30.0
+    checkpoint_digests: bool = True
 
     def validate(self) -> None:
         if not self.stages:

@@ -2,37 +2,70 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from llmjax.errors import UserError
+from llmjax.files import damage, seal
 
 PyTree = Any
+_ITEM = "default"  # what Orbax calls the one thing in a checkpoint
 
 
 class Checkpoints:
     """The checkpoints of one stage, `directory/<step>/`. A step is there whole or not at all: Orbax writes it under a
-    temporary name and renames it when it is complete."""
+    temporary name and renames it when it is complete. It is sealed before that, so what happens to it later is seen."""
 
-    def __init__(self, directory: str, keep: int = 2):
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, enable_async_checkpointing=True)
-        self._manager = ocp.CheckpointManager(os.path.abspath(directory), options=options)
-        self.directory = directory
-
-    def latest_step(self) -> int | None:
-        return self._manager.latest_step()
+    def __init__(self, directory: str, keep: int = 2, digests: bool = True, say: Callable[[str], None] = print):
+        """keep: that many of the newest. digests: as in `files.seal`. say: gets a line where a checkpoint is damaged."""
+        self.directory = os.path.abspath(directory)
+        self._digests, self._say, self._saving = digests, say, 0
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=True,
+                async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
+            ),
+        )  # fmt: skip
 
     def save(self, step: int, state: PyTree) -> None:
         """Starts to save; the arrays are copied before it returns, so the state may be donated to the next step."""
+        self._manager.wait_until_finished()
+        self._saving = step
         self._manager.save(step, args=ocp.args.StandardSave(state))
 
-    def restore(self, abstract: PyTree) -> PyTree:
-        """The newest state, onto the shardings of `abstract`."""
-        step = self.latest_step()
+    def _seal(self) -> None:
+        """Called when all is written and the folder still has its temporary name."""
+        (folder,) = glob.glob(os.path.join(self.directory, f"{self._saving}.orbax-checkpoint-tmp*"))
+        seal(os.path.join(folder, _ITEM), self._digests)
+
+    def restore(self, abstract: PyTree) -> PyTree | None:
+        """The newest state that is undamaged, onto the shardings of `abstract`; None where there is none.
+
+        A damaged one is set aside under another name, and that is said.
+        """
+        steps = sorted(self._manager.all_steps())
+        while steps:
+            step = steps.pop()
+            folder = os.path.join(self.directory, str(step))
+            reason = damage(os.path.join(folder, _ITEM))
+            if not reason:
+                return self._read(step, abstract)
+            aside = os.path.join(self.directory, f"damaged-{step}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+            self._manager.reload()
+            then = f"going on from that of step {steps[-1]}" if steps else "there is none before it, so the stage begins anew"
+            self._say(f"the checkpoint of step {step} is damaged ({reason}) and set aside as {aside}; {then}")
+        return None
+
+    def _read(self, step: int, abstract: PyTree) -> PyTree:
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(abstract))
         except ValueError as error:
@@ -44,18 +77,23 @@ class Checkpoints:
         self._manager.close()
 
 
-def save_params(directory: str, params: PyTree) -> None:
-    """Writes parameters to `directory`, replacing what is there; whole or not at all."""
+def save_params(directory: str, params: PyTree, digests: bool = True) -> None:
+    """Writes parameters to `directory`, replacing what is there; whole or not at all. digests: as in `files.seal`."""
     directory = os.path.abspath(directory)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory, params, force=True)
+    seal(directory, digests)
 
 
 def load_params(directory: str, abstract: PyTree) -> PyTree:
-    """Reads parameters onto the shardings of `abstract`."""
+    """Reads parameters onto the shardings of `abstract`. Raises UserError if they are missing, damaged, or others."""
     directory = os.path.abspath(directory)
     if not os.path.isdir(directory):
         raise UserError(f"{directory}: no parameters there; run the stage that makes them first")
+    reason = damage(directory)
+    if reason:
+        stage = os.path.dirname(directory)
+        raise UserError(f"{directory}: damaged ({reason}); restore it from a copy, or delete {stage} and run the stage again")
     try:
         with ocp.StandardCheckpointer() as checkpointer:
             return checkpointer.restore(directory, abstract)

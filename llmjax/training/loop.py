@@ -72,7 +72,8 @@ def train(
     steps on CPU, where every step that has been dispatched holds its temporaries. Raises UserError when the loss is not
     finite; the last checkpoint is kept.
     """
-    state = start_state() if loop.checkpoints.latest_step() is None else loop.checkpoints.restore(abstract)
+    restored = loop.checkpoints.restore(abstract)
+    state = start_state() if restored is None else restored
     start = int(state.step)
     loop.metrics.rewind(loop.stage, start)
     report = _Reporter(loop, start)

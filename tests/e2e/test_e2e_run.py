@@ -11,6 +11,7 @@ import pytest
 from llmjax.commands import chat, train
 from llmjax.config import load_experiment, to_dict, to_json
 from llmjax.errors import UserError
+from llmjax.files import damage
 from llmjax.results import read_summary
 from llmjax.runs.models import finished as models_of
 from llmjax.runs.models import open_model
@@ -88,7 +89,7 @@ def test_models(finished, experiment):
         model = to_dict(experiment.model) | {"vocab_size": 1024}
         kind = "scalar" if stage == "reward" else "language"
         assert about == {"kind": kind, "dtype": "float32", "model": model, "source": None}
-        assert (finished.workdir / stage / "params").is_dir()
+        assert not damage(finished.workdir / stage / "params")
     assert models_of(str(finished.workdir)) == ["pretrain", "sft", "ppo"]
 
 
