@@ -2,11 +2,13 @@
 
 import collections.abc
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import pathlib
 import shutil
+import socket
 from typing import Any
 
 from llmjax.errors import UserError
@@ -103,6 +105,34 @@ def _refuse_to_lose(path: pathlib.Path, new: pathlib.Path) -> None:
     lost = sorted(set(os.listdir(path)) - set(os.listdir(new)))
     if lost:
         raise UserError(f"{path}: holds other files ({', '.join(lost[:3])}) that would be lost; choose an empty folder")
+
+
+@contextlib.contextmanager
+def locked(folder: str | os.PathLike) -> collections.abc.Iterator[None]:
+    """Within it no other process can lock `folder`, which is made. The lock of a process that has died does not hold.
+
+    Raises UserError where another process has it.
+    """
+    os.makedirs(folder, exist_ok=True)
+    path = pathlib.Path(folder) / ".lock"
+    while True:
+        with open(path, "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                file.seek(0)
+                holder = file.read() or "another process"
+                raise UserError(f"{folder}: in use by {holder}; wait for it, or use another") from error
+            if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path))):
+                continue  # its last holder has just removed it
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}")
+            file.flush()
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)
+            return
 
 
 SEAL = "sha256.json"

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from absl import flags
 
 from llmjax import runtime
-from llmjax.errors import UserError
+from llmjax.errors import Stopped, UserError
 
 
 def parse_flags(argv: Sequence[str], values: flags.FlagValues, usage: str) -> None:
@@ -28,7 +28,7 @@ def parse_flags(argv: Sequence[str], values: flags.FlagValues, usage: str) -> No
 def call(program: Callable[[Sequence[str]], None], argv: Sequence[str], interrupted: str = "stopped") -> None:
     """Prepares the process, runs program(argv), and turns a UserError into one line on stderr and exit status 2.
 
-    interrupted: what to say after Ctrl-C.
+    interrupted: what to say after Ctrl-C, whose exit status is 130. That of other signals is 75, "try again" (EX_TEMPFAIL).
     """
     runtime.keep_freed_memory()
     runtime.quiet_libraries()
@@ -39,9 +39,16 @@ def call(program: Callable[[Sequence[str]], None], argv: Sequence[str], interrup
         print(f"{'llmjax' if name == '__main__.py' else name}: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print(interrupted, file=sys.stderr)
-        sys.stdout.flush()
-        os._exit(130)  # a tokenizer that is still being learnt in a thread would not let the interpreter end
+        _leave(interrupted, 130)
+    except Stopped as stopped:
+        _leave(f"{stopped}; the same command goes on", 130 if stopped.signal == "SIGINT" else os.EX_TEMPFAIL)
     except BrokenPipeError:  # whoever read our output has gone, as in `llmjax --help | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter complains as it ends
         sys.exit(1)
+
+
+def _leave(words: str, status: int) -> None:
+    """Ends the process at once: a tokenizer that is still being learnt in a thread would not let the interpreter end."""
+    print(words, file=sys.stderr)
+    sys.stdout.flush()
+    os._exit(status)

@@ -64,15 +64,18 @@ def run(argv: Sequence[str]) -> None:
         return
     if not values.workdir:
         raise UserError("--workdir is missing; give a folder for this run, e.g. --workdir=runs/quickstart")
-    if isinstance(config, Study):
-        from llmjax.runs.study import run_study
+    from llmjax.training.stopping import heeded
 
-        run_study(config, values.workdir)
-    else:
-        from llmjax.runs.pipeline import run_experiment
+    with heeded(say=lambda text: print(text, file=sys.stderr, flush=True)):
+        if isinstance(config, Study):
+            from llmjax.runs.study import run_study
 
-        changes = [f"--config.{path}={raw}" for path, raw in overrides]
-        run_experiment(config, values.workdir, shlex.join(["llmjax", f"--config={values.config}", *changes]))
+            run_study(config, values.workdir)
+        else:
+            from llmjax.runs.pipeline import run_experiment
+
+            changes = [f"--config.{path}={raw}" for path, raw in overrides]
+            run_experiment(config, values.workdir, shlex.join(["llmjax", f"--config={values.config}", *changes]))
 
 
 def main() -> None:

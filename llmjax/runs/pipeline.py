@@ -14,7 +14,7 @@ from llmjax.config import to_json, validate
 from llmjax.data.base import Data, Splits, read_once
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
-from llmjax.files import write_text_atomic
+from llmjax.files import locked, write_text_atomic
 from llmjax.interop.hf_folder import locate_tensors, read_config
 from llmjax.interop.hf_tokenizer import read_tokenizer
 from llmjax.models.spec import shardings
@@ -44,9 +44,11 @@ def run_experiment(experiment: Experiment, workdir: str, command: str) -> None:
     """
     experiment = with_own_model(experiment)
     check(experiment, workdir)
-    complete(experiment, workdir, read_data(experiment, workdir))
-    if jax.process_index() == 0:
-        conclude(experiment, workdir, _variations(experiment, workdir, command))
+    opened = read_data(experiment, workdir)
+    with locked(workdir):
+        complete(experiment, workdir, opened)
+        if jax.process_index() == 0:
+            conclude(experiment, workdir, _variations(experiment, workdir, command))
 
 
 def with_own_model(experiment: Experiment) -> Experiment:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import jax
 from rich.console import Console
 
+from llmjax.files import locked
 from llmjax.report.read import read_run
 from llmjax.report.render import write_study_report
 from llmjax.report.tables import study_table
@@ -23,12 +24,14 @@ def run_study(study: Study, workdir: str) -> None:
     for name, experiment in study.experiments.items():
         check(experiment, runs[name])
     opened = {name: read_data(experiment, runs[name]) for name, experiment in study.experiments.items()}
-    for name, experiment in study.experiments.items():
-        complete(experiment, runs[name], opened.pop(name))
+    with locked(workdir):
+        for name, experiment in study.experiments.items():
+            with locked(runs[name]):
+                complete(experiment, runs[name], opened.pop(name))
+                if jax.process_index() == 0:
+                    conclude(experiment, runs[name])
         if jax.process_index() == 0:
-            conclude(experiment, runs[name])
-    if jax.process_index() == 0:
-        show_study(workdir, list(study.experiments), study.name)
+            show_study(workdir, list(study.experiments), study.name)
 
 
 def show_study(workdir: str, names: Sequence[str], title: str) -> None:

@@ -36,7 +36,7 @@ class Checkpoints:
 
     def save(self, step: int, state: PyTree) -> None:
         """Starts to save; the arrays are copied before it returns, so the state may be donated to the next step."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._saving = step
         self._manager.save(step, args=ocp.args.StandardSave(state))
 
@@ -71,9 +71,12 @@ class Checkpoints:
         except ValueError as error:
             raise UserError(_unreadable(os.path.join(self.directory, str(step)), error)) from error
 
-    def close(self) -> None:
-        """Waits until everything is on disk."""
+    def wait(self) -> None:
+        """Until everything is on disk."""
         self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self.wait()
         self._manager.close()
 
 

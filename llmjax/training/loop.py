@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from llmjax.data.loader import BatchSource, iterate
-from llmjax.errors import UserError
+from llmjax.errors import Stopped, UserError
 from llmjax.runtime import give_back_memory
 from llmjax.sharding import put_batch
+from llmjax.training import stopping
 from llmjax.training.checkpoint import Checkpoints, to_host
 from llmjax.training.hardware import peak_flops
 from llmjax.training.metrics import MetricsLog
@@ -69,8 +71,11 @@ def train(
 
     Step s uses batch s and the key folded with s, so an interrupted run, continued, makes the very same updates. The
     metrics of a step are fetched when the next one has been dispatched, so the device never waits for the host; but for long
-    steps on CPU, where every step that has been dispatched holds its temporaries. Raises UserError when the loss is not
-    finite; the last checkpoint is kept.
+    steps on CPU, where every step that has been dispatched holds its temporaries.
+
+    Raises:
+        UserError: the loss is not finite; the last checkpoint is kept.
+        Stopped: a signal has asked for it (see `stopping`); the step that was under way is saved.
     """
     restored = loop.checkpoints.restore(abstract)
     state = start_state() if restored is None else restored
@@ -78,7 +83,7 @@ def train(
     loop.metrics.rewind(loop.stage, start)
     report = _Reporter(loop, start)
     saved_at = time.monotonic()
-    try:
+    with stopping.deferred() as request, contextlib.closing(report):
         for step, batch in enumerate(iterate(batches, start, loop.num_steps), start):
             if report.long_steps:
                 report.flush()
@@ -89,13 +94,16 @@ def train(
                 if (step + 1) % hook.every == 0 or step + 1 == loop.num_steps:
                     report.flush()
                     report.held_out(step + 1, hook.call(step + 1, state))
-            if time.monotonic() - saved_at > loop.checkpoint_seconds and step + 1 < loop.num_steps:
+            due = time.monotonic() - saved_at > loop.checkpoint_seconds and step + 1 < loop.num_steps
+            if due or request.signal:
                 report.flush()
                 loop.checkpoints.save(step + 1, state)
                 saved_at = time.monotonic()
+            if request.signal:
+                loop.checkpoints.wait()
+                words = f"{loop.stage}: stopped by {request.signal} and saved after step {step + 1}"
+                raise Stopped(words, request.signal)
         report.flush()
-    finally:
-        report.close()
     return state
 
 

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 import time
@@ -70,8 +71,8 @@ def whole_run(kind: str, folder: pathlib.Path) -> Finished:
     return Finished(kind, folder / kind, *json.loads(kept.read_text(encoding="utf-8")))
 
 
-def kill_in(stage: str, kind: str, workdir: pathlib.Path, *flags: str) -> None:
-    """Starts the run and kills it (SIGKILL) as soon as `stage` has a checkpoint."""
+def kill_in(stage: str, kind: str, workdir: pathlib.Path, *flags: str, by: signal.Signals = signal.SIGKILL) -> tuple[int, str]:
+    """Starts the run and kills it as soon as `stage` has a checkpoint. Returns exit status and stderr."""
     process = start(kind, workdir, *flags)
     deadline = time.monotonic() + TIMEOUT
     try:
@@ -79,6 +80,9 @@ def kill_in(stage: str, kind: str, workdir: pathlib.Path, *flags: str) -> None:
             assert process.poll() is None, f"over before {stage}:\n{''.join(process.communicate())[-4000:]}"
             assert time.monotonic() < deadline, f"no checkpoint of {stage} after {TIMEOUT} s"
             time.sleep(0.002)
+        process.send_signal(by)
+        _, stderr = process.communicate(timeout=TIMEOUT)
+        return process.returncode, stderr
     finally:
         process.kill()
         process.communicate()

@@ -1,5 +1,7 @@
 """A run that is killed in every stage and started again ends as one that was left alone, bit for bit."""
 
+import signal
+
 import program
 import pytest
 
@@ -22,3 +24,15 @@ def test_killed_in_every_stage(finished, tmp_path):
     killed, whole = program.outcome(workdir), program.outcome(finished.workdir)
     assert killed["results"] == whole["results"]
     assert killed["rows"] == whole["rows"]
+
+
+def test_told_to_end_in_every_stage(finished, tmp_path):
+    """By a scheduler that wants its machine back."""
+    workdir = tmp_path / "told"
+    for stage in program.STAGES:
+        status, stderr = program.kill_in(stage, finished.kind, workdir, EVERY_STEP, by=signal.SIGTERM)
+        assert status == 75 and "stopped by SIGTERM" in stderr and stderr.endswith("; the same command goes on\n")
+        assert stderr.count("\n") == 1 and not (workdir / ".lock").exists()
+    program.run(finished.kind, workdir)
+    told, whole = program.outcome(workdir), program.outcome(finished.workdir)
+    assert told["results"] == whole["results"] and told["rows"] == whole["rows"]

@@ -1,6 +1,8 @@
 """llmjax.files: whole or not at all, and one-line errors."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -41,3 +43,36 @@ def test_reading_names_file_and_line(tmp_path):
     path.write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"a\.json: not UTF-8"):
         files.read_json(path)
+
+
+HOLDER = """
+import sys, time
+from llmjax.files import locked
+with locked(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_is_locked_by_one_process_as_long_as_it_lives(tmp_path):
+    folder = tmp_path / "run"
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE, text=True)
+    try:
+        assert holder.stdout.readline() == "locked\n"
+        with pytest.raises(UserError, match=rf"run: in use by process {holder.pid} on \S+; wait for it, or use another"):
+            with files.locked(folder):
+                pytest.fail("two holders")
+    finally:
+        holder.kill()
+        holder.communicate()
+    assert os.listdir(folder) == [".lock"]  # the dead holder's, which holds nothing
+    for _ in range(2):
+        with files.locked(folder):
+            assert str(os.getpid()) in (folder / ".lock").read_text()
+        assert os.listdir(folder) == []
+
+
+def test_a_lock_goes_with_an_error(tmp_path):
+    with pytest.raises(ZeroDivisionError), files.locked(tmp_path):
+        raise ZeroDivisionError
+    assert os.listdir(tmp_path) == []

@@ -1,6 +1,7 @@
 """THE loop: exact resume, metrics one step late but all there, hooks on time, and no silent NaN."""
 
 import os
+import signal
 
 import grain
 import jax
@@ -9,10 +10,11 @@ import numpy as np
 import pytest
 import tiny
 
-from llmjax.errors import UserError
+from llmjax.errors import Stopped, UserError
 from llmjax.models.transformer import transformer_spec
 from llmjax.objectives.lm import lm_loss
 from llmjax.training import loop as loop_module
+from llmjax.training import stopping
 from llmjax.training.checkpoint import Checkpoints
 from llmjax.training.loop import Hook, Loop, train
 from llmjax.training.metrics import MetricsLog, read_rows
@@ -22,7 +24,7 @@ from llmjax.training.state import TrainState, abstract_state, init_state, make_t
 NUM_STEPS = 7
 
 
-class Stopped(Exception):
+class PowerCut(Exception):
     """A stand-in for a power cut."""
 
 
@@ -31,7 +33,7 @@ def batches(make, stop_at: int | None = None):
 
     def read(step):
         if step == stop_at:
-            raise Stopped
+            raise PowerCut
         return make(int(step))
 
     return grain.MapDataset.range(1000).map(read)
@@ -83,7 +85,7 @@ def test_a_run_that_was_cut_off_ends_bit_for_bit_like_one_that_was_not(real, tmp
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     os.mkdir(whole), os.mkdir(cut)
     expected = run(whole, start, abstract, step_fn, batches(make), checkpoint_seconds=1e9)
-    with pytest.raises(Stopped):
+    with pytest.raises(PowerCut):
         run(cut, start, abstract, step_fn, batches(make, stop_at))
     restarted = []
 
@@ -96,6 +98,54 @@ def test_a_run_that_was_cut_off_ends_bit_for_bit_like_one_that_was_not(real, tmp
     tiny.assert_trees_equal(got, expected)
     assert rows_of(cut) == rows_of(whole)
     assert [row["step"] for row in rows_of(cut)] == list(range(1, NUM_STEPS + 1))
+
+
+@pytest.mark.parametrize("name, at", [("SIGTERM", 3), ("SIGHUP", 1), ("SIGINT", 5), ("SIGTERM", NUM_STEPS)])
+def test_a_signal_saves_the_step_under_way_and_the_run_goes_on_from_there(real, tmp_path, name, at):
+    start, abstract, step_fn, make = real
+    whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
+    os.mkdir(whole), os.mkdir(cut)
+    expected = run(whole, start, abstract, step_fn, batches(make), checkpoint_seconds=1e9)
+
+    def signalled(state, *args):
+        if int(state.step) == at - 1:
+            os.kill(os.getpid(), getattr(signal, name))
+        return step_fn(state, *args)
+
+    with stopping.heeded(print), pytest.raises(Stopped, match=f"^sft: stopped by {name} and saved after step {at}$") as stopped:
+        run(cut, start, abstract, signalled, batches(make), checkpoint_seconds=1e9)
+    assert stopped.value.signal == name and os.listdir(os.path.join(cut, "checkpoints")) == [str(at)]
+    restarted = []
+
+    def counted(state, *args):
+        restarted.append(int(state.step))
+        return step_fn(state, *args)
+
+    tiny.assert_trees_equal(run(cut, start, abstract, counted, batches(make), checkpoint_seconds=1e9), expected)
+    assert restarted == list(range(at, NUM_STEPS)) and rows_of(cut) == rows_of(whole)
+
+
+def test_a_second_ctrl_c_ends_at_once(tmp_path):
+    start, abstract, step_fn, _ = counter()
+
+    def signalled(state, *args):
+        if int(state.step) == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signal.SIGINT)
+        return step_fn(state, *args)
+
+    with stopping.heeded(print), pytest.raises(KeyboardInterrupt):
+        run(tmp_path, start, abstract, signalled, batches(numbers), checkpoint_seconds=1e9)
+    assert os.listdir(tmp_path / "checkpoints") == []
+
+
+@pytest.mark.parametrize("name, error", [("SIGTERM", Stopped), ("SIGHUP", Stopped), ("SIGINT", KeyboardInterrupt)])
+def test_where_nothing_would_be_lost_a_signal_ends_the_run_at_once(name, error):
+    before = [signal.getsignal(one) for one in stopping.SIGNALS]
+    with pytest.raises(error), stopping.heeded(print):
+        os.kill(os.getpid(), getattr(signal, name))
+        pytest.fail("the signal went by")
+    assert [signal.getsignal(one) for one in stopping.SIGNALS] == before
 
 
 def test_a_complete_run_that_is_started_again_does_nothing_wrong(real, tmp_path):
@@ -178,7 +228,7 @@ def test_hooks_come_on_time_and_see_the_state_after_the_step(tmp_path):
 def test_the_first_state_is_made_only_where_there_is_no_checkpoint(tmp_path):
     """A resumed run needs no weights to start from."""
     start, abstract, step_fn, _ = counter()
-    with pytest.raises(Stopped):
+    with pytest.raises(PowerCut):
         run(tmp_path, start, abstract, step_fn, batches(numbers, stop_at=4))
 
     def made():

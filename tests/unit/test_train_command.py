@@ -343,23 +343,34 @@ def test_help(capsys):
 
 
 INTERRUPTED = """
-import threading, time
+import os, signal, sys, threading, time
 from llmjax.commands import base
+from llmjax.training.stopping import heeded
 
 def program(argv):
     threading.Thread(target=time.sleep, args=[600]).start()  # work in a thread that nothing can stop
     print("begun")
-    raise KeyboardInterrupt
+    with heeded(print):
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        time.sleep(600)
 
 base.call(program, ["llmjax"], interrupted="stopped here")
 """
 
 
-def test_an_interrupt_is_one_line_and_ends_whatever_is_at_work():
+@pytest.mark.parametrize(
+    "name, status, words",
+    [
+        ("SIGINT", 130, "stopped here\n"),
+        ("SIGTERM", 75, "stopped by SIGTERM; the same command goes on\n"),
+        ("SIGHUP", 75, "stopped by SIGHUP; the same command goes on\n"),
+    ],
+)
+def test_a_signal_is_one_line_and_ends_whatever_is_at_work(name, status, words):
     done = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED], env=environment(), capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", INTERRUPTED, name], env=environment(), capture_output=True, text=True, timeout=120
     )
-    assert (done.returncode, done.stdout, done.stderr) == (130, "begun\n", "stopped here\n")
+    assert (done.returncode, done.stdout, done.stderr) == (status, "begun\n", words)
 
 
 def test_bugs_keep_their_traceback():

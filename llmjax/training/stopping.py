@@ -1,0 +1,63 @@
+"""Signals that ask a run to end: what has been trained is saved first.
+
+SIGTERM (a scheduler wants the machine back), SIGHUP (the terminal is gone) and Ctrl-C. During training they are noted, and THE
+loop saves after the step that is under way; elsewhere nothing would be lost, and they end the run at once.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import signal
+import threading
+from collections.abc import Callable, Iterator
+
+from llmjax.errors import Stopped
+
+SIGNALS = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+class Request:
+    """signal: the name of the one that asked for an end, "" for none."""
+
+    signal = ""
+
+
+_deferred: Request | None = None
+
+
+@contextlib.contextmanager
+def heeded(say: Callable[[str], None]) -> Iterator[None]:
+    """Within it the signals raise `Stopped` (Ctrl-C: KeyboardInterrupt), or are noted by `deferred`. In the main thread only:
+    elsewhere signals cannot be handled, and nothing changes. say: gets a line when Ctrl-C has been noted."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {one: signal.signal(one, functools.partial(_handle, say)) for one in SIGNALS}
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Request]:
+    """Within it the first signal is noted in the request and not raised; a second Ctrl-C is."""
+    global _deferred
+    _deferred = Request()
+    try:
+        yield _deferred
+    finally:
+        _deferred = None
+
+
+def _handle(say: Callable[[str], None], number: int, frame: object) -> None:
+    name = signal.Signals(number).name
+    if number == signal.SIGINT and (_deferred is None or _deferred.signal):
+        raise KeyboardInterrupt
+    if _deferred is None:
+        raise Stopped(f"stopped by {name}", name)
+    _deferred.signal = _deferred.signal or name
+    if number == signal.SIGINT:
+        say("saving after this step; Ctrl-C again ends at once")
