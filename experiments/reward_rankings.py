@@ -7,6 +7,10 @@
 The records are K answers to a prompt with ranks or scores, pairs (chosen, rejected), or partial orders (docs/data.md); rankings
 of different sizes and with ties go together. Answers longer than --config.reward.length tokens with their prompt are left out,
 and counted. An RL stage behind it may learn from it: rewards={"people": ModelReward("reward")}.
+
+SmolLM2-135M-Instruct on people's rankings of four answers to a question (qa_feedback of FineGrainedRLHF; 247 of 301 rankings
+fit 160 tokens), one epoch of 61 steps, 35 minutes on two cores that did other work: right about 62.2 +- 5.7 % of the held-out
+pairs (chance 50 %), loss 0.679. So few rankings teach little; an accelerator does thousands in that time.
 """
 
 from llmjax.data.sources import Rankings
