@@ -149,8 +149,8 @@ class _Reporter:
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(values.get(name, 0.0))]
         if bad:
             raise UserError(
-                f"{self._loop.stage}: the {bad[0]} is {values[bad[0]]} at step {step}; lower the learning rate "
-                f"(--config.{self._loop.stage}.optimizer.learning_rate), the last good checkpoint is kept"
+                f"{self._loop.stage}: the {bad[0]} is {values[bad[0]]} at step {step}; start in another --workdir with a lower "
+                f"--config.{self._loop.stage}.optimizer.learning_rate"
             )
         values |= self._throughput()
         if step % self._loop.log_every == 0 or step == self._loop.num_steps:

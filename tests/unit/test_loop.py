@@ -265,7 +265,8 @@ def test_throughput_is_logged_only_when_asked_for(tmp_path):
 @pytest.mark.parametrize("loss", [np.nan, np.inf])
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path, loss):
     start, abstract, step_fn, _ = counter(losses=[1.0, 2.0, loss, 3.0, 4.0, 5.0, 6.0])
-    with pytest.raises(UserError, match=rf"sft: the loss is {loss} at step 3; lower the learning rate") as error:
+    words = rf"the loss is {loss} at step 3; start in another --workdir with a lower --config\.sft\.optimizer\.learning_rate$"
+    with pytest.raises(UserError, match=words) as error:
         run(tmp_path, start, abstract, step_fn, batches(numbers))
     assert "\n" not in str(error.value)
     assert [row["step"] for row in rows_of(tmp_path)] == [1, 2]
