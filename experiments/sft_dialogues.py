@@ -12,7 +12,8 @@ carries loss set apart, and how many are cut or left out. With ",mixed" behind t
         --config.sft.data.dialogues.path='sgd/*.jsonl.gz' --config.sft.data.weights.dialogues=2 --workdir=runs/mixed
 
 SmolLM2-135M-Instruct on 1,000 instructions (dolly and hh-rlhf, prompt and completion), 30 steps, eleven minutes on two cores:
-held-out loss 2.22 nats per token, before 2.38.
+held-out loss 2.22 nats per token, before 2.38. On 10,957 dialogues of schema-guided tasks (SGD), 20 steps, eleven minutes on
+slow cores: 2.23, before 2.68; asked for a bus ticket it asks what the budget is.
 """
 
 from llmjax.data.base import Mixture
