@@ -17,6 +17,7 @@ from itertools import product
 from typing import ClassVar
 
 from experiments import quickstart
+from llmjax.config import PositiveInt
 from llmjax.data.base import Data, Place, Splits
 from llmjax.data.records import Prompt, user
 from llmjax.data.sources import Prompts
@@ -33,7 +34,7 @@ from llmjax.training.optimizer import OptimizerConfig
 class Sums(Data):
     """Every sum of two numbers from 1 to `largest`, asked in several ways; of each sum one way is held out."""
 
-    largest: int = 5
+    largest: PositiveInt = 5
     kind: ClassVar[type] = Prompt
 
     def read(self, place: Place) -> Splits:

@@ -9,7 +9,7 @@ import os
 import pathlib
 import shutil
 import socket
-from typing import Any
+from typing import Any, TextIO
 
 from llmjax.errors import UserError
 
@@ -111,28 +111,37 @@ def _refuse_to_lose(path: pathlib.Path, new: pathlib.Path) -> None:
 def locked(folder: str | os.PathLike) -> collections.abc.Iterator[None]:
     """Within it no other process can lock `folder`, which is made. The lock of a process that has died does not hold.
 
-    Raises UserError where another process has it.
+    Raises UserError where another process has it, or the place cannot be locked.
     """
-    os.makedirs(folder, exist_ok=True)
     path = pathlib.Path(folder) / ".lock"
+    try:
+        os.makedirs(folder, exist_ok=True)
+        file = _lock(path)
+    except BlockingIOError as error:
+        holder = read_text(path) or "another process"
+        raise UserError(f"{folder}: in use by {holder}; wait for it, or use another") from error
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be locked ({error.strerror or error}); choose a place that can") from error
+    with file:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _lock(path: pathlib.Path) -> TextIO:
+    """The file at `path`, locked; it says by whom. BlockingIOError: another process has it."""
     while True:
-        with open(path, "a+", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                file.seek(0)
-                holder = file.read() or "another process"
-                raise UserError(f"{folder}: in use by {holder}; wait for it, or use another") from error
+        with contextlib.ExitStack() as stack:
+            file = stack.enter_context(open(path, "a+", encoding="utf-8"))
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if not (path.exists() and os.path.samestat(os.fstat(file.fileno()), os.stat(path))):
                 continue  # its last holder has just removed it
             file.truncate(0)
             file.write(f"process {os.getpid()} on {socket.gethostname()}")
             file.flush()
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)
-            return
+            stack.pop_all()
+            return file
 
 
 SEAL = "sha256.json"
@@ -161,8 +170,11 @@ def damage(folder: str | os.PathLike) -> str:
             return f"{name} is missing"
         if sizes[name] != size:
             return f"{name} has {sizes[name]} bytes instead of {size}"
-        if digest is not None and _digest(folder / name) != digest:
-            return f"{name} has changed"
+        try:
+            if digest is not None and _digest(folder / name) != digest:
+                return f"{name} has changed"
+        except OSError as error:
+            return f"{name} cannot be read: {error.strerror or error}"
     unknown = sorted(set(sizes) - set(expected))
     return f"{unknown[0]} does not belong there" if unknown else ""
 

@@ -14,7 +14,7 @@ from llmjax.config import to_json, validate
 from llmjax.data.base import Data, Splits, read_once
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
-from llmjax.files import locked, write_text_atomic
+from llmjax.files import write_text_atomic
 from llmjax.interop.hf_folder import locate_tensors, read_config
 from llmjax.interop.hf_tokenizer import read_tokenizer
 from llmjax.models.spec import shardings
@@ -24,7 +24,7 @@ from llmjax.report.render import write_report
 from llmjax.report.tables import table_grid, to_rich
 from llmjax.results import ADAPTER, PARAMS, Summary, write_summary
 from llmjax.runs.models import write_model_file
-from llmjax.runs.workdir import CONFIG, TOKENIZER, check_workdir
+from llmjax.runs.workdir import CONFIG, TOKENIZER, check_workdir, in_use
 from llmjax.sharding import MeshConfig, make_mesh, use_mesh
 from llmjax.stages.base import Context, Result
 from llmjax.stages.experiment import Experiment, all_data
@@ -45,7 +45,7 @@ def run_experiment(experiment: Experiment, workdir: str, command: str) -> None:
     experiment = with_own_model(experiment)
     check(experiment, workdir)
     opened = read_data(experiment, workdir)
-    with locked(workdir):
+    with in_use(workdir):
         complete(experiment, workdir, opened)
         if jax.process_index() == 0:
             conclude(experiment, workdir, _variations(experiment, workdir, command))

@@ -9,11 +9,11 @@ from dataclasses import replace
 import jax
 from rich.console import Console
 
-from llmjax.files import locked
 from llmjax.report.read import read_run
 from llmjax.report.render import write_study_report
 from llmjax.report.tables import study_table
 from llmjax.runs.pipeline import check, complete, conclude, read_data, with_own_model
+from llmjax.runs.workdir import in_use
 from llmjax.stages.experiment import Study
 
 
@@ -24,9 +24,9 @@ def run_study(study: Study, workdir: str) -> None:
     for name, experiment in study.experiments.items():
         check(experiment, runs[name])
     opened = {name: read_data(experiment, runs[name]) for name, experiment in study.experiments.items()}
-    with locked(workdir):
+    with in_use(workdir):
         for name, experiment in study.experiments.items():
-            with locked(runs[name]):
+            with in_use(runs[name]):
                 complete(experiment, runs[name], opened.pop(name))
                 if jax.process_index() == 0:
                     conclude(experiment, runs[name])

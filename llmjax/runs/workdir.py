@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
+
+import jax
 
 from llmjax.config import diff, to_dict
 from llmjax.errors import UserError
-from llmjax.files import read_json
+from llmjax.files import locked, read_json
 from llmjax.stages.experiment import Experiment
 
 CONFIG, TOKENIZER = "config.json", "tokenizer"
+
+
+def in_use(workdir: str) -> AbstractContextManager[None]:
+    """Keeps other runs out of `workdir`; of the processes of one run the first has the lock. Raises UserError where one is in."""
+    return locked(workdir) if jax.process_index() == 0 else nullcontext()
 
 
 def check_workdir(experiment: Experiment, workdir: str) -> None:

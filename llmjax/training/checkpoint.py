@@ -42,8 +42,8 @@ class Checkpoints:
 
     def _seal(self) -> None:
         """Called when all is written and the folder still has its temporary name."""
-        (folder,) = glob.glob(os.path.join(self.directory, f"{self._saving}.orbax-checkpoint-tmp*"))
-        seal(os.path.join(folder, _ITEM), self._digests)
+        (folder,) = glob.glob(f"{self._saving}.orbax-checkpoint-tmp*", root_dir=self.directory)
+        seal(os.path.join(self.directory, folder, _ITEM), self._digests)
 
     def restore(self, abstract: PyTree) -> PyTree | None:
         """The newest state that is undamaged, onto the shardings of `abstract`; None where there is none.

@@ -1,7 +1,8 @@
 """Signals that ask a run to end: what has been trained is saved first.
 
 SIGTERM (a scheduler wants the machine back), SIGHUP (the terminal is gone) and Ctrl-C. During training they are noted, and THE
-loop saves after the step that is under way; elsewhere nothing would be lost, and they end the run at once.
+loop saves after the step that is under way; elsewhere they end the run at once, and it goes on from its last checkpoint. One
+that the process was started to ignore stays ignored (nohup does that to SIGHUP, a shell to Ctrl-C of what runs behind it).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ def heeded(say: Callable[[str], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {one: signal.signal(one, functools.partial(_handle, say)) for one in SIGNALS}
+    heard = [one for one in SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
+    before = {one: signal.signal(one, functools.partial(_handle, say)) for one in heard}
     try:
         yield
     finally:

@@ -140,7 +140,7 @@ def test_the_newest_state_comes_back_and_old_ones_go(tmp_path):
 @pytest.fixture(scope="module", name="saved")
 def make_saved(tmp_path_factory):
     """A folder of two checkpoints, and the states in them."""
-    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
+    folder = tmp_path_factory.mktemp("saved") / "a [strange] name*" / "checkpoints"
     abstract, state = states(optax.adam(0.1))
     checkpoints = Checkpoints(str(folder))
     old, new = (state.replace(step=jnp.int32(step), params=tiny.draw(SPECS, step)) for step in (3, 7))

@@ -72,6 +72,25 @@ def test_a_folder_is_locked_by_one_process_as_long_as_it_lives(tmp_path):
         assert os.listdir(folder) == []
 
 
+def test_a_place_that_cannot_be_locked_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("x")
+    folder = tmp_path / "file" / "run"
+    with pytest.raises(UserError, match=r"file/run: cannot be locked \(Not a directory\)"), files.locked(folder):
+        pytest.fail("locked")
+
+
+def test_a_file_that_cannot_be_read_is_damage(tmp_path, monkeypatch):
+    (tmp_path / "numbers").write_text("1 2 3")
+    files.seal(tmp_path)
+    assert files.damage(tmp_path) == ""
+
+    def broken(path):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(files, "_digest", broken)
+    assert files.damage(tmp_path) == "numbers cannot be read: Input/output error"
+
+
 def test_a_lock_goes_with_an_error(tmp_path):
     with pytest.raises(ZeroDivisionError), files.locked(tmp_path):
         raise ZeroDivisionError

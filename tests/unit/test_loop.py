@@ -100,8 +100,25 @@ def test_a_run_that_was_cut_off_ends_bit_for_bit_like_one_that_was_not(real, tmp
     assert [row["step"] for row in rows_of(cut)] == list(range(1, NUM_STEPS + 1))
 
 
+@pytest.fixture(name="heard")
+def make_heard():
+    """Signals as in a program at a terminal: what started the tests may have had them ignored."""
+    usual = {one: signal.SIG_DFL for one in stopping.SIGNALS} | {signal.SIGINT: signal.default_int_handler}
+    before = {one: signal.signal(one, handler) for one, handler in usual.items()}
+    yield
+    for one, handler in before.items():
+        signal.signal(one, handler)
+
+
+def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(heard):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
+    with stopping.heeded(print), stopping.deferred() as request:
+        os.kill(os.getpid(), signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and not request.signal
+
+
 @pytest.mark.parametrize("name, at", [("SIGTERM", 3), ("SIGHUP", 1), ("SIGINT", 5), ("SIGTERM", NUM_STEPS)])
-def test_a_signal_saves_the_step_under_way_and_the_run_goes_on_from_there(real, tmp_path, name, at):
+def test_a_signal_saves_the_step_under_way_and_the_run_goes_on_from_there(real, heard, tmp_path, name, at):
     start, abstract, step_fn, make = real
     whole, cut = str(tmp_path / "whole"), str(tmp_path / "cut")
     os.mkdir(whole), os.mkdir(cut)
@@ -125,7 +142,7 @@ def test_a_signal_saves_the_step_under_way_and_the_run_goes_on_from_there(real, 
     assert restarted == list(range(at, NUM_STEPS)) and rows_of(cut) == rows_of(whole)
 
 
-def test_a_second_ctrl_c_ends_at_once(tmp_path):
+def test_a_second_ctrl_c_ends_at_once(heard, tmp_path):
     start, abstract, step_fn, _ = counter()
 
     def signalled(state, *args):
@@ -140,7 +157,7 @@ def test_a_second_ctrl_c_ends_at_once(tmp_path):
 
 
 @pytest.mark.parametrize("name, error", [("SIGTERM", Stopped), ("SIGHUP", Stopped), ("SIGINT", KeyboardInterrupt)])
-def test_where_nothing_would_be_lost_a_signal_ends_the_run_at_once(name, error):
+def test_where_nothing_would_be_lost_a_signal_ends_the_run_at_once(heard, name, error):
     before = [signal.getsignal(one) for one in stopping.SIGNALS]
     with pytest.raises(error), stopping.heeded(print):
         os.kill(os.getpid(), getattr(signal, name))

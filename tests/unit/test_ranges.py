@@ -130,6 +130,6 @@ def test_the_line_says_where_and_what(path, value, line):
 
 
 def test_what_is_right_passes():
-    validate(OptimizerConfig(grad_clip=0.0, warmup_steps=0, weight_decay=0.0, b1=0.0, final_fraction=1.0))
-    validate(SamplingConfig(temperature=0.0, top_k=0, top_p=1.0))
-    validate(Number(tolerance=0.0))
+    optimizer = OptimizerConfig(grad_clip=0.0, warmup_steps=0, weight_decay=0.0, b1=0.0, final_fraction=1.0)
+    sampling = SamplingConfig(temperature=0.0, top_k=0, top_p=1.0)
+    assert not [line for one in (optimizer, sampling, Number(tolerance=0.0)) for line in outside(one)]

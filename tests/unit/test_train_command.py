@@ -350,6 +350,8 @@ from llmjax.training.stopping import heeded
 def program(argv):
     threading.Thread(target=time.sleep, args=[600]).start()  # work in a thread that nothing can stop
     print("begun")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what started the tests may have had them ignored
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with heeded(print):
         os.kill(os.getpid(), getattr(signal, sys.argv[1]))
         time.sleep(600)
