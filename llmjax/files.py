@@ -144,6 +144,13 @@ def _lock(path: pathlib.Path) -> TextIO:
             return file
 
 
+def check_name(folder: str | os.PathLike) -> None:
+    """Raises UserError if the path of `folder` reads as a pattern: Orbax finds its files by patterns, and would lose them."""
+    path = os.path.abspath(folder)
+    if any(character in path for character in "*?["):
+        raise UserError(f"{path}: the path holds one of * ? [, which checkpoints cannot be kept under; choose another name")
+
+
 SEAL = "sha256.json"
 
 

@@ -10,19 +10,20 @@ import jax
 
 from llmjax.config import diff, to_dict
 from llmjax.errors import UserError
-from llmjax.files import locked, read_json
+from llmjax.files import check_name, locked, read_json
 from llmjax.stages.experiment import Experiment
 
 CONFIG, TOKENIZER = "config.json", "tokenizer"
 
 
 def in_use(workdir: str) -> AbstractContextManager[None]:
-    """Keeps other runs out of `workdir`; of the processes of one run the first has the lock. Raises UserError where one is in."""
+    """Keeps other runs out of `workdir`; the first process of a run has the lock. Raises UserError where one is in."""
     return locked(workdir) if jax.process_index() == 0 else nullcontext()
 
 
 def check_workdir(experiment: Experiment, workdir: str) -> None:
     """Raises UserError if `workdir` is not, and cannot become, a folder to write to, or was made by another config."""
+    check_name(workdir)
     place = os.path.abspath(workdir)
     while not os.path.lexists(place):
         place = os.path.dirname(place)

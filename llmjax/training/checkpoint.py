@@ -12,7 +12,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from llmjax.errors import UserError
-from llmjax.files import damage, seal
+from llmjax.files import check_name, damage, seal
 
 PyTree = Any
 _ITEM = "default"  # what Orbax calls the one thing in a checkpoint
@@ -24,6 +24,7 @@ class Checkpoints:
 
     def __init__(self, directory: str, keep: int = 2, digests: bool = True, say: Callable[[str], None] = print):
         """keep: that many of the newest. digests: as in `files.seal`. say: gets a line where a checkpoint is damaged."""
+        check_name(directory)
         self.directory = os.path.abspath(directory)
         self._digests, self._say, self._saving = digests, say, 0
         self._manager = ocp.CheckpointManager(
@@ -82,6 +83,7 @@ class Checkpoints:
 
 def save_params(directory: str, params: PyTree, digests: bool = True) -> None:
     """Writes parameters to `directory`, replacing what is there; whole or not at all. digests: as in `files.seal`."""
+    check_name(directory)
     directory = os.path.abspath(directory)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory, params, force=True)

@@ -140,7 +140,7 @@ def test_the_newest_state_comes_back_and_old_ones_go(tmp_path):
 @pytest.fixture(scope="module", name="saved")
 def make_saved(tmp_path_factory):
     """A folder of two checkpoints, and the states in them."""
-    folder = tmp_path_factory.mktemp("saved") / "a [strange] name*" / "checkpoints"
+    folder = tmp_path_factory.mktemp("saved") / "checkpoints"
     abstract, state = states(optax.adam(0.1))
     checkpoints = Checkpoints(str(folder))
     old, new = (state.replace(step=jnp.int32(step), params=tiny.draw(SPECS, step)) for step in (3, 7))
@@ -173,6 +173,15 @@ def test_damage_is_found_before_a_number_is_used_and_the_state_before_is_taken(s
     again = Checkpoints(str(folder))
     tiny.assert_trees_equal(again.restore(abstract), new)
     again.close()
+
+
+@pytest.mark.parametrize("name", ["a*", "b?", "[c]"])
+def test_a_name_that_reads_as_a_pattern_is_refused(tmp_path, name):
+    """Orbax would leave out what it has written there."""
+    for write in (lambda path: save_params(path, tiny.draw(SPECS)), Checkpoints):
+        with pytest.raises(UserError, match=r"holds one of \* \? \[, .*; choose another name"):
+            write(str(tmp_path / name / "params"))
+    assert os.listdir(tmp_path) == []
 
 
 def test_if_all_are_damaged_there_is_none(saved, tmp_path):

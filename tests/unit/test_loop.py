@@ -113,7 +113,7 @@ def make_heard():
 def test_a_signal_that_the_process_was_started_to_ignore_stays_ignored(heard):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as nohup does
     with stopping.heeded(print), stopping.deferred() as request:
-        os.kill(os.getpid(), signal.SIGHUP)
+        signal.raise_signal(signal.SIGHUP)
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN and not request.signal
 
 
@@ -126,7 +126,7 @@ def test_a_signal_saves_the_step_under_way_and_the_run_goes_on_from_there(real, 
 
     def signalled(state, *args):
         if int(state.step) == at - 1:
-            os.kill(os.getpid(), getattr(signal, name))
+            signal.raise_signal(getattr(signal, name))
         return step_fn(state, *args)
 
     with stopping.heeded(print), pytest.raises(Stopped, match=f"^sft: stopped by {name} and saved after step {at}$") as stopped:
@@ -147,8 +147,8 @@ def test_a_second_ctrl_c_ends_at_once(heard, tmp_path):
 
     def signalled(state, *args):
         if int(state.step) == 2:
-            os.kill(os.getpid(), signal.SIGINT)
-            os.kill(os.getpid(), signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
         return step_fn(state, *args)
 
     with stopping.heeded(print), pytest.raises(KeyboardInterrupt):
@@ -160,7 +160,7 @@ def test_a_second_ctrl_c_ends_at_once(heard, tmp_path):
 def test_where_nothing_would_be_lost_a_signal_ends_the_run_at_once(heard, name, error):
     before = [signal.getsignal(one) for one in stopping.SIGNALS]
     with pytest.raises(error), stopping.heeded(print):
-        os.kill(os.getpid(), getattr(signal, name))
+        signal.raise_signal(getattr(signal, name))
         pytest.fail("the signal went by")
     assert [signal.getsignal(one) for one in stopping.SIGNALS] == before
 

@@ -343,7 +343,7 @@ def test_help(capsys):
 
 
 INTERRUPTED = """
-import os, signal, sys, threading, time
+import signal, sys, threading, time
 from llmjax.commands import base
 from llmjax.training.stopping import heeded
 
@@ -353,7 +353,7 @@ def program(argv):
     signal.signal(signal.SIGINT, signal.default_int_handler)  # what started the tests may have had them ignored
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     with heeded(print):
-        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+        signal.raise_signal(getattr(signal, sys.argv[1]))
         time.sleep(600)
 
 base.call(program, ["llmjax"], interrupted="stopped here")
