@@ -18,14 +18,16 @@ from llmjax.generation.sampling import SamplingConfig
 from llmjax.models.config import ModelConfig, MoEConfig
 from llmjax.rl.algorithms import PPO
 from llmjax.stages.candidates import RankedAnswers
+from llmjax.stages.compare import BestOf, Bot, Compare, Model
 from llmjax.stages.experiment import Evaluation, Experiment
 from llmjax.stages.pretrain import Pretrain
 from llmjax.stages.reward import ModelReward, RewardModel
 from llmjax.stages.rl import RL
 from llmjax.stages.sft import SFT
 from llmjax.tasks.base import RewardRanker
+from llmjax.tasks.world.bots import template_bot
 from llmjax.tasks.world.data import WorldDialogues, WorldPrompts, WorldText
-from llmjax.tasks.world.judge import correct, gold, instruction_following
+from llmjax.tasks.world.judge import correct, gold, instruction_following, other_fact
 from llmjax.training.optimizer import OptimizerConfig
 
 PROMPT_LENGTH = 22  # tokens of the longest question
@@ -59,37 +61,50 @@ def quickstart() -> Experiment:
                 optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100, final_fraction=0.02),
             ),
             "sft": SFT(
-                data=WorldDialogues(), init="pretrain",
-                steps=600, batch_size=8, length=128, eval_every=300,
+                data=WorldDialogues(), init="pretrain", text=WorldText(), text_fraction=0.5,
+                steps=500, batch_size=8, length=128, eval_every=250,
                 optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
             ),
             "reward": RewardModel(
-                data=ranked_answers(num_prompts=1344, num_eval_prompts=288), init="sft",
-                batch_size=4, length=PROMPT_LENGTH + ANSWERS.max_new_tokens,
-                optimizer=OptimizerConfig(learning_rate=5e-4, warmup_steps=20),
+                data=ranked_answers(num_prompts=800, num_eval_prompts=120), init="sft",
+                batch_size=12, length=PROMPT_LENGTH + ANSWERS.max_new_tokens,
+                optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
             ),
             "ppo": RL(
-                data=WorldPrompts(), rewards={"model": ModelReward("reward")}, watch={"gold": gold},
-                policy="sft", critic="reward", algorithm=PPO(kl_coef=0.15),
-                steps=20, batch_size=128, epochs=1, minibatches=4, missing_end_penalty=1.0,
+                data=WorldPrompts(), rewards={"model": ModelReward("reward")}, watch={"gold": gold, "correct": correct},
+                policy="sft", critic="reward", algorithm=PPO(kl_coef=0.05),
+                steps=24, critic_warmup=2, batch_size=128, epochs=1, minibatches=4, missing_end_penalty=1.0,
                 temperature=ANSWERS.temperature, prompt_length=PROMPT_LENGTH, max_new_tokens=ANSWERS.max_new_tokens,
                 optimizer=OptimizerConfig(
                     learning_rate=3e-4, warmup_steps=5, schedule="constant", weight_decay=0.0, eps=1e-5
                 ),
             ),
+            "table": Compare(
+                rows={
+                    "template bot": Bot(template_bot),
+                    "base, plain text": Model("pretrain", form="{prompt}"),
+                    "base, chat form": Model("pretrain"),
+                    "sft": Model("sft"),
+                    "best of 4": BestOf("sft", "reward", n=4),
+                    "ppo": Model("ppo"),
+                },
+                against="sft", score="correct", knowledge="base, plain text",
+            ),
         },
         evaluation=Evaluation(
-            prompts=WorldPrompts(), prompt_length=PROMPT_LENGTH, sampling=ANSWERS, num_prompts=256, batch_size=128,
+            prompts=WorldPrompts(), prompt_length=PROMPT_LENGTH, sampling=ANSWERS, num_prompts=384, batch_size=128,
             scores={"gold": gold, "correct": correct, "instruction_following": instruction_following},
         ),
     )  # fmt: skip
 
 
 def ranked_answers(num_prompts: int, num_eval_prompts: int) -> RankedAnswers:
-    """Two rankings of four answers of the SFT model to each prompt, by people who see the gold score through noise."""
+    """Two answers of the SFT model to each prompt and the same two with another fact, ranked by people who see the gold score
+    through noise."""
     return RankedAnswers(
-        policy="sft", prompts=WorldPrompts(), ranker=RewardRanker(gold, noise=0.15), k=4, rankings_per_prompt=2,
-        num_prompts=num_prompts, num_eval_prompts=num_eval_prompts, prompt_length=PROMPT_LENGTH, sampling=ANSWERS,
+        policy="sft", prompts=WorldPrompts(), ranker=RewardRanker(gold, noise=0.1), k=4, edit=other_fact, edits=2,
+        num_prompts=num_prompts, num_eval_prompts=num_eval_prompts, rankings_per_prompt=2,
+        prompt_length=PROMPT_LENGTH, sampling=ANSWERS,
     )  # fmt: skip
 
 

@@ -38,12 +38,18 @@ class Dialogue:
 class Prompt:
     """What a model is asked: a dialogue that the assistant is to go on with.
 
-    fields: whatever a reward may look at and the model does not see: the reference answer, the source.
+    fields: whatever a reward may look at and the model does not see: the reference answer, the source. Prompts of equal
+    fields["group"] ask for the same thing in other words: errors are clustered by it.
     """
 
     id: str
     messages: tuple[Message, ...]
     fields: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def group(self) -> str:
+        """fields["group"]; its id, where it has none."""
+        return str(self.fields.get("group", self.id))
 
     @property
     def text(self) -> str:
@@ -71,13 +77,15 @@ class Ranking:
     """Two or more completions of one prompt in order of preference.
 
     ranks: one for each completion, 0 is best, equal ranks are ties. scores: what the ranks were made of, where that is known
-    (higher is better, without the annotator's error), else ().
+    (higher is better, without the annotator's error), else (). edited_from: for each completion the number of the one that a
+    person changed to make it, -1 where it is as a model wrote it; () for no edits.
     """
 
     prompt: Prompt
     completions: tuple[Completion, ...]
     ranks: tuple[int, ...]
     scores: tuple[float, ...] = ()
+    edited_from: tuple[int, ...] = ()
 
 
 def user(text: str) -> tuple[Message, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +16,7 @@ from jax.sharding import Mesh
 from llmjax.data.packing import left_pad
 from llmjax.data.records import Completion, Prompt
 from llmjax.data.tokenizer import Tokenizer
+from llmjax.evals.statistics import clustered_mean
 from llmjax.generation.decode import Generation, generate
 from llmjax.generation.sampling import SamplingConfig
 from llmjax.generation.score import join_response, response_log_probs
@@ -31,13 +33,13 @@ class Answers:
     """One answer to each of N prompts.
 
     prompt_tokens: ids that each answer goes on from. kl: log pi(answer) - log reference(answer), nats [N]; 0 without a
-    reference.
+    reference, None where nothing is to be said of it.
     """
 
     prompts: Sequence[Prompt]
     prompt_tokens: Sequence[Sequence[int]]
     completions: Sequence[Completion]
-    kl: np.ndarray
+    kl: np.ndarray | None
 
 
 def answer_prompts(
@@ -97,21 +99,24 @@ def _sequence_log_ratio(params, reference, batch, generation, cfg, temperature):
     return jnp.sum((own - other) * generation.mask, axis=1)
 
 
-def mean_metric(name: str, values: Sequence[Any] | np.ndarray, label: str, unit: str = "", **fields: Any) -> Metric:
-    """The mean of N values with its standard error; a share in per cent if all are True or False."""
-    array = np.array([float(value) for value in values])
+def mean_metric(
+    name: str, values: Sequence[Any] | np.ndarray, groups: Sequence[str], label: str, unit: str = "", **fields: Any
+) -> Metric:
+    """The mean of N values with its standard error, clustered by the prompts' groups; a share in per cent if all are True or
+    False."""
     shares = not unit and all(isinstance(value, (bool, np.bool_)) for value in values)
-    error = float(array.std(ddof=1) / np.sqrt(len(array))) if len(array) > 1 else None
-    return Metric(name, float(array.mean()), label, "%" if shares else unit, error, **fields)
+    mean, error = clustered_mean([float(value) for value in values], groups)
+    return Metric(name, mean, label, "%" if shares else unit, error if math.isfinite(error) else None, **fields)
 
 
 def report(scores: Mapping[str, Reward], answers: Answers) -> list[Metric]:
     """The mean of each score over the answers, then KL (nats per answer), share that ended, and length (tokens)."""
     pairs = list(zip(answers.prompts, answers.completions, strict=True))
-    found = [mean_metric(name, [score(*pair) for pair in pairs], words(name)) for name, score in scores.items()]
+    groups = [prompt.group for prompt in answers.prompts]
+    found = [mean_metric(name, [score(*pair) for pair in pairs], groups, words(name)) for name, score in scores.items()]
     return [
         *found,
-        mean_metric("kl", answers.kl, "KL from the start", "nats per answer"),
-        mean_metric("ended", [completion.ended for completion in answers.completions], "Ends itself"),
-        mean_metric("length", [len(completion.tokens) for completion in answers.completions], "Length", "tokens"),
+        mean_metric("kl", answers.kl, groups, "KL from the start", "nats per answer"),
+        mean_metric("ended", [completion.ended for completion in answers.completions], groups, "Ends itself"),
+        mean_metric("length", [len(completion.tokens) for completion in answers.completions], groups, "Length", "tokens"),
     ]

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from llmjax.errors import UserError
+from llmjax.evals.statistics import clustered_ratio
 
 
 def pair_accuracy(scores_NK: np.ndarray, ranks_NK: np.ndarray) -> float:
@@ -17,18 +20,25 @@ def pair_accuracy(scores_NK: np.ndarray, ranks_NK: np.ndarray) -> float:
     return float(right.sum() / total.sum()) if total.sum() else float("nan")
 
 
-def pair_accuracy_error(scores_NK: np.ndarray, ranks_NK: np.ndarray) -> float:
-    """Standard error of `pair_accuracy`, clustered by ranking: the pairs of one prompt are not independent.
-
-    That of a ratio of sums over rankings (Cochran 1977, Sampling Techniques, eq. 6.13). NaN for fewer than two rankings.
-    """
+def pair_accuracy_error(scores_NK: np.ndarray, ranks_NK: np.ndarray, groups: Sequence[str] | None = None) -> float:
+    """Standard error of `pair_accuracy`, clustered by the `groups` [N] of the prompts, default each ranking by itself: the
+    pairs of one prompt are not independent. NaN for fewer than two groups."""
     right, total = _pairs(scores_NK, ranks_NK)
-    right, total = right[total > 0], total[total > 0]
-    n = len(total)
-    if n < 2:
-        return float("nan")
-    residuals = right - right.sum() / total.sum() * total
-    return float(np.sqrt(n / (n - 1) * np.sum(residuals**2)) / total.sum())
+    return clustered_ratio(right, total, range(len(total)) if groups is None else groups)[1]
+
+
+def edit_accuracy(
+    rewards_NK: np.ndarray, scores_NK: np.ndarray, edited_from_NK: np.ndarray, groups: Sequence[str]
+) -> tuple[float, float]:
+    """How often rewards put the better of two answers above the other, of which one is the other with one thing changed by a
+    person: the share over all such pairs whose `scores` differ, equal rewards counting half, and its error, clustered by group.
+    NaN where there is no such pair."""
+    row, new = np.nonzero(edited_from_NK >= 0)
+    old = edited_from_NK[row, new]
+    sign = np.sign(scores_NK[row, new] - scores_NK[row, old])
+    alike = 0.5 + 0.5 * sign * np.sign(rewards_NK[row, new] - rewards_NK[row, old])
+    counted = np.isfinite(sign) & (sign != 0)
+    return clustered_ratio(np.where(counted, alike, 0.0), counted, [groups[i] for i in row])
 
 
 def _pairs(scores_NK: np.ndarray, ranks_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

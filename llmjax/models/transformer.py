@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from llmjax import sharding
@@ -267,6 +268,21 @@ def _choose_rope(ropes, window):
 
 def _post_norm(y_BTD, scale_D, cfg: ModelConfig):
     return y_BTD if scale_D is None else rms_norm(y_BTD, scale_D, cfg.norm_eps, cfg.norm_offset)
+
+
+def with_mean_rows(params: Params, ids: tuple[int, ...]) -> Params:
+    """The rows of these tokens, in the embedding and an untied head, are the mean of all others: for tokens that training never
+    met, whose rows are noise (Hewitt 2021, "Initializing new word embeddings for pretrained language models")."""
+    if not ids:
+        return params
+    new = np.zeros(params.embed.shape[0], bool)
+    new[list(ids)] = True
+
+    def filled(table_VD: Array) -> Array:
+        mean_D = jnp.mean(table_VD, axis=0, where=~new[:, None], dtype=jnp.float32)
+        return jnp.where(new[:, None], mean_D.astype(table_VD.dtype), table_VD)
+
+    return replace(params, embed=filled(params.embed), head=None if params.head is None else filled(params.head))
 
 
 def head_table(params: Params) -> Float[Array, "V D"]:

@@ -59,8 +59,9 @@ class Programs(NamedTuple):
 class Learner:
     """What does not change between iterations.
 
-    batch_size: answers a step. epochs, minibatches: passes over them, and parts of a pass. sampling: of answers behind prompts
-    of `prompt_length` tokens.
+    batch_size: answers a step. epochs, minibatches: passes over them, and parts of a pass. critic_warmup: in so many first
+    iterations all advantages are 0, so that only the critic learns. sampling: of answers behind prompts of `prompt_length`
+    tokens.
     """
 
     cfg: ModelConfig
@@ -75,6 +76,7 @@ class Learner:
     prompt_length: int
     stop_ids: tuple[int, ...]
     pad_id: int
+    critic_warmup: int = 0
 
     @property
     def length(self) -> int:
@@ -116,7 +118,7 @@ class Learner:
         return train_program(
             partial(policy_loss, cfg=self.cfg, algorithm=self.algorithm, temperature=self.sampling.temperature),
             specs, self.optimizer, self.steps * self.epochs * self.minibatches, batch, self.mesh,
-            tokens=rows * self.length, flops_per_token=train_flops_per_token(self.cfg, self.length),
+            tokens=rows * self.length, flops_per_token=train_flops_per_token(self.cfg, self.length), apart=True,
         )  # fmt: skip
 
     def _added(self) -> list[str]:
@@ -159,6 +161,8 @@ class Learner:
             scores_B, measured = scores(prompts, generation)
             worth = put_batch({"scores": np.asarray(scores_B, np.float32)}, self.mesh)["scores"]
             batch, metrics = score(state.params, reference, *prompt, generation, worth)
+            if iteration < self.critic_warmup:
+                batch |= {"advantages": jnp.zeros_like(batch["advantages"])}
             updates = []
             for epoch in range(self.epochs):
                 shuffled = shuffle(batch, jax.random.fold_in(fold_purpose(key, "shuffle"), epoch), self.minibatches)

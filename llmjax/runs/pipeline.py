@@ -196,7 +196,8 @@ def _hand_on(context: Context, result: Result) -> None:
     """Keeps what a stage has made: the parameters first, last its result, which makes it complete. Checkpoints go then."""
     stage = context.experiment.stages[context.name]
     digests = context.experiment.checkpoint_digests
-    checkpoint.save_params(context.path(PARAMS), result.params, digests)
+    if stage.makes != "nothing":
+        checkpoint.save_params(context.path(PARAMS), result.params, digests)
     lora = None
     if result.adapter is not None:
         updates, lora = result.adapter
@@ -207,7 +208,8 @@ def _hand_on(context: Context, result: Result) -> None:
     )  # fmt: skip
     if jax.process_index() == 0:
         hf_source = next(iter(context.experiment.hf_folders), None)
-        write_model_file(context.path(), stage.makes, context.model, hf_source, lora)
+        if stage.makes != "nothing":
+            write_model_file(context.path(), stage.makes, context.model, hf_source, lora)
         write_summary(context.path(), summary)
         checkpoint.delete(context.path("checkpoints"))
     context.say(f"complete in {result.seconds:.0f} s")

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from llmjax.data.base import Data
@@ -33,15 +34,25 @@ class Asked:
         self.scores = {**(scores or {}), **self._cfg.scores} if self._cfg.prompts is None else dict(self._cfg.scores)
         self.prompts, self.tokens = _held_out_prompts(context, self._cfg.prompts or data.asked())
 
-    def of(self, params: Params, reference: Params | None = None) -> Answers:
-        """What a model answers, each prompt with a key of its own. reference: to measure the KL against."""
+    def of(
+        self, params: Params, reference: Params | None = None, *, draws: int = 1, greedy: bool = False,
+        tokens: Sequence[Sequence[int]] | None = None,
+    ) -> Answers:  # fmt: skip
+        """What a model answers, each prompt `draws` times in a row, each time with a key of its own.
+
+        reference: to measure the KL against. greedy: the likeliest token always. tokens: of the prompts in another form than
+        that of a dialogue.
+        """
         cfg, context = self._cfg, self._context
-        keys = jax.random.split(key_for(context.seed, PURPOSE), len(self.prompts))
-        rows = min(cfg.batch_size, context.experiment.mesh.rows(len(self.prompts)))
+        keys = [jax.random.split(key_for(context.seed, PURPOSE), len(self.prompts))]
+        keys += [jax.random.split(key_for(context.seed, PURPOSE, draw), len(self.prompts)) for draw in range(1, draws)]
+        every = [(prompt, ids) for prompt, ids in zip(self.prompts, tokens or self.tokens) for _ in range(draws)]
+        sampling = replace(cfg.sampling, temperature=0.0) if greedy else cfg.sampling
+        rows = min(cfg.batch_size, context.experiment.mesh.rows(len(every)))
         return answer_prompts(
-            params, self.prompts, self.tokens, keys, cfg=context.model, sampling=cfg.sampling, tokenizer=context.tokenizer,
-            stop_ids=context.tokenizer.stop_ids, length=cfg.prompt_length, batch_size=rows, mesh=context.mesh,
-            reference=reference,
+            params, [prompt for prompt, _ in every], [ids for _, ids in every], jnp.stack(keys, axis=1).reshape(-1),
+            cfg=context.model, sampling=sampling, tokenizer=context.tokenizer, stop_ids=context.tokenizer.stop_ids,
+            length=cfg.prompt_length, batch_size=rows, mesh=context.mesh, reference=reference,
         )  # fmt: skip
 
     def metrics(self, answers: Answers, before: Answers | None = None) -> list[Metric]:

@@ -56,14 +56,14 @@ class Input(NamedTuple):
 class Result:
     """What a stage hands on.
 
-    params: of the model that it made. steps, seconds, tokens: of training. adapter: low-rank updates that are merged in params,
-    with their config. The rest is for people: see `llmjax.results`.
+    params: of the model that it made, None for a stage that makes nothing. steps, seconds, tokens: of training. adapter:
+    low-rank updates that are merged in params, with their config. The rest is for people: see `llmjax.results`.
     """
 
     params: Any
-    steps: int
-    seconds: float
-    tokens: int
+    steps: int = 0
+    seconds: float = 0.0
+    tokens: int = 0
     metrics: Sequence[Metric] = ()
     figures: Sequence[Figure | Bars | HeatMap] = ()
     samples: Sequence[Sample] = ()
@@ -82,13 +82,13 @@ class Preview:
 class Stage:
     """One stage of a model's life. Subclasses are frozen dataclasses.
 
-    title, lead: heading and sentence in the report. makes: a "language" model, or a "scalar" one that gives numbers. chats:
-    whether a language model that it makes has learnt to answer.
+    title, lead: heading and sentence in the report. makes: a "language" model, a "scalar" one that gives numbers, or "nothing"
+    but a result. chats: whether a language model that it makes has learnt to answer.
     """
 
     title: ClassVar[str] = ""
     lead: ClassVar[str] = ""
-    makes: ClassVar[Literal["language", "scalar"]] = "language"
+    makes: ClassVar[Literal["language", "scalar", "nothing"]] = "language"
     chats: ClassVar[bool] = True
 
     def inputs(self) -> tuple[Input, ...]:

@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar
 import jax
 import numpy as np
 
-from llmjax.config import PositiveInt, Range
+from llmjax.config import NonNegativeInt, PositiveInt, Range
 from llmjax.data.base import Data, Splits, check_kind
 from llmjax.data.records import Completion, Message, Prompt, Ranking
 from llmjax.errors import UserError
@@ -20,7 +20,7 @@ from llmjax.files import read_text, write_text_atomic
 from llmjax.generation.sampling import SamplingConfig
 from llmjax.stages.base import Context, Input
 from llmjax.stages.datasets import draw, prompt_sets
-from llmjax.tasks.base import Ranker
+from llmjax.tasks.base import Edit, Ranker
 
 
 @dataclass(frozen=True)
@@ -28,16 +28,19 @@ class RankedAnswers(Data):
     """Rankings of what a model of this experiment answers.
 
     policy: the stage whose model answers. prompts: what it is asked. ranker: orders the answers; `RewardRanker` does so by any
-    reward. k: answers to a prompt. num_prompts: of the training split; each is answered and ranked rankings_per_prompt
-    times, with new answers. num_eval_prompts: further prompts of the training split that are held out ("held_out"), and as
-    many of the prompts' own held-out split ("new_prompts"). prompt_length: longer prompts are left out. batch_size: answers
-    at a time.
+    reward. k: answers to a prompt; edits: so many of them are not written anew, but others with one thing changed by `edit`,
+    so that pairs differ in that thing alone (fewer where it finds nothing to change). num_prompts: of the training split; each
+    is answered and ranked rankings_per_prompt times, with new answers. num_eval_prompts: further prompts of the training split
+    that are held out ("held_out"), and as many of the prompts' own held-out split ("new_prompts"). prompt_length: longer
+    prompts are left out. batch_size: answers at a time.
     """
 
     policy: str
     prompts: Data
     ranker: Ranker
     k: Annotated[int, Range(least=2)] = 4
+    edit: Edit | None = None
+    edits: NonNegativeInt = 0
     num_prompts: PositiveInt = 768
     rankings_per_prompt: PositiveInt = 1
     num_eval_prompts: PositiveInt = 192
@@ -50,6 +53,10 @@ class RankedAnswers(Data):
 
     def validate(self) -> None:
         check_kind("prompts", self.prompts, Prompt)
+        if self.edits and self.edit is None:
+            raise UserError(f"edits={self.edits} without `edit`; give the function that changes an answer")
+        if self.edits > self.k // 2:
+            raise UserError(f"edits={self.edits} of k={self.k} answers: each is made from another; at most {self.k // 2}")
 
     def inputs(self) -> tuple[Input, ...]:
         return (Input("data.policy", self.policy),)
@@ -98,20 +105,27 @@ class RankedAnswers(Data):
     def _sample_and_rank(
         self, context: Context, name: str, asked: Sequence[Prompt], tokens: Sequence[Sequence[int]]
     ) -> list[Ranking]:
+        written = self.k - self.edits
+        prompts, ids = ([item for item in items for _ in range(written)] for items in (asked, tokens))
         answers = answer_prompts(
-            context.load_lm(self.policy), [p for p in asked for _ in range(self.k)], [t for t in tokens for _ in range(self.k)],
-            jax.random.split(context.key("answers", name), len(asked) * self.k),
+            context.load_lm(self.policy), prompts, ids,
+            jax.random.split(context.key("answers", name), len(asked) * written),
             cfg=context.model, sampling=self.sampling, tokenizer=context.tokenizer, stop_ids=context.tokenizer.stop_ids,
             length=self.prompt_length, batch_size=self.batch_size, mesh=context.mesh,
         )  # fmt: skip
         rng = np.random.default_rng([context.seed, *name.encode()])
         rankings = []
         for i, prompt in enumerate(asked):
-            own = tuple(answers.completions[i * self.k : (i + 1) * self.k])
+            own, sources = answers.completions[i * written : (i + 1) * written], [-1] * written
+            for number in range(self.edits if self.edit is not None else 0):
+                changed = self.edit(prompt, own[number], rng)
+                if changed is not None:
+                    own, sources = [*own, Completion(changed, ended=own[number].ended)], [*sources, number]
+            own = tuple(own)
             ranks, scores = self.ranker.rank(prompt, own, rng), self.ranker.scores(prompt, own)
             if len(ranks) != len(own):
                 raise UserError(f"{type(self.ranker).__name__} gave {len(ranks)} ranks for {len(own)} answers to {prompt.id!r}")
-            rankings.append(Ranking(prompt, own, tuple(int(rank) for rank in ranks), tuple(map(float, scores))))
+            rankings.append(Ranking(prompt, own, tuple(map(int, ranks)), tuple(map(float, scores)), tuple(sources)))
         return rankings
 
 
@@ -121,11 +135,12 @@ def _to_json(ranking: Ranking) -> dict[str, Any]:
     answers = [{"text": c.text, "tokens": list(c.tokens), "ended": c.ended} for c in ranking.completions]
     return {
         "id": ranking.prompt.id, "prompt": messages, "answers": answers, "ranks": list(ranking.ranks),
-        "scores": list(ranking.scores), "fields": dict(ranking.prompt.fields),
+        "scores": list(ranking.scores), "edited_from": list(ranking.edited_from), "fields": dict(ranking.prompt.fields),
     }  # fmt: skip
 
 
 def _from_json(row: dict[str, Any]) -> Ranking:
     messages = tuple(Message(m.pop("role"), m.pop("content"), m) for m in row["prompt"])
     completions = tuple(Completion(a["text"], tuple(a["tokens"]), ended=a["ended"]) for a in row["answers"])
-    return Ranking(Prompt(row["id"], messages, row["fields"]), completions, tuple(row["ranks"]), tuple(row["scores"]))
+    ranks, scores, edited = (tuple(row[name]) for name in ("ranks", "scores", "edited_from"))
+    return Ranking(Prompt(row["id"], messages, row["fields"]), completions, ranks, scores, edited)

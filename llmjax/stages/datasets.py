@@ -353,7 +353,8 @@ class RankingRows:
     """Rankings, each one row of K answers behind their prompt, padded on the right.
 
     Rows: tokens, segment_ids, loss_mask [B, K, T] int32 (the mask is on the answer and its end of turn), ranks [B, K] int32,
-    -1 where a ranking has fewer answers. scores: [N, K] float64, NaN where they are not known.
+    -1 where a ranking has fewer answers. scores: [N, K] float64, NaN where they are not known. edited_from: [N, K], the answer
+    that one was edited from, else -1. groups: of the prompts [N].
     """
 
     def __init__(self, folder: str, length: int, pad_id: int, k: int):
@@ -361,6 +362,7 @@ class RankingRows:
         about = Store(os.path.join(folder, "rankings.jsonl"))
         ends = np.concatenate([[0], np.cumsum(self._shards.lengths())])
         self.ranks, self.scores = np.full((len(about), k), -1, np.int32), np.full((len(about), k), np.nan)
+        self.edited_from, self.groups = np.full((len(about), k), -1, np.int32), []
         self._spans = np.zeros((len(about), k, 2), np.int64)
         at = 0
         for row in range(len(about)):
@@ -368,6 +370,8 @@ class RankingRows:
             count = len(entry["ranks"])
             self.ranks[row, :count] = entry["ranks"]
             self.scores[row, : len(entry["scores"])] = entry["scores"]
+            self.edited_from[row, : len(entry["edited_from"])] = entry["edited_from"]
+            self.groups.append(entry["group"])
             self._spans[row, :count] = np.stack([ends[at : at + count], ends[at + 1 : at + count + 1]], axis=1)
             at += count
 
@@ -426,7 +430,12 @@ def _write_rankings(context: Context, rankings: Iterable[Ranking], length: int, 
             kept = kept if len(kept) > 1 else []
             if kept:
                 scores = [ranking.scores[i] for i in kept] if ranking.scores else []
-                entries.append({"id": ranking.prompt.id, "ranks": [ranking.ranks[i] for i in kept], "scores": scores})
+                place = {answer: number for number, answer in enumerate(kept)} | {-1: -1}
+                edited = [place.get(ranking.edited_from[i], -1) for i in kept] if ranking.edited_from else []
+                entries.append({
+                    "id": ranking.prompt.id, "group": ranking.prompt.group, "ranks": [ranking.ranks[i] for i in kept],
+                    "scores": scores, "edited_from": edited,
+                })  # fmt: skip
             if number >= skip:
                 tokens = [token for i in kept for token in (*prompt, *answers[i])]
                 masks = [on for i in kept for on in (*[0] * len(prompt), *[1] * len(answers[i]))]

@@ -20,7 +20,7 @@ from llmjax.evals.ngram import ngram_nats
 from llmjax.generation.sampling import SamplingConfig
 from llmjax.models.spec import init_params
 from llmjax.models.stats import active_params, total_params, train_flops_per_token
-from llmjax.models.transformer import transformer_spec
+from llmjax.models.transformer import transformer_spec, with_mean_rows
 from llmjax.objectives.lm import lm_loss
 from llmjax.results import Curve, Figure, Metric, Panel, Sample
 from llmjax.stages.base import Context, Input, Preview, Result, Stage, check_split
@@ -88,7 +88,11 @@ class Pretrain(Stage):
         )  # fmt: skip
 
     def run(self, context: Context) -> Result:
-        """Trains on packed documents; reports held-out loss beside a 5-gram model of the same text."""
+        """Trains on packed documents; reports held-out loss beside a 5-gram model of the same text.
+
+        At the end of a training from random weights the embeddings of control tokens, which no document holds, become the mean
+        of all others: SFT starts from there, and the base model can be asked in the chat form.
+        """
         model, parts = context.model, self._rows(context)
         batches = mix_batches(parts.train, batch_size=self.batch_size, seed=context.seed)
         held = HeldOutText(context, parts, self.batch_size, self.eval_batches)
@@ -101,7 +105,8 @@ class Pretrain(Stage):
             self._update(context), lambda: self._start(context), batches, self.steps,
             hooks=[Hook(self.eval_every, evaluate)],
         )  # fmt: skip
-        metrics = [*held.described(held.metrics(trained.params)), *self._costs(context, trained.tokens)]
+        params = trained.params if self.init else jax.jit(with_mean_rows, static_argnums=1)(trained.params, _unmet(context))
+        metrics = [*held.described(held.metrics(params)), *self._costs(context, trained.tokens)]
         decodes = model.moe is None or model.moe.router != "expert_choice"
         baseline = self._baseline(context, parts, held)
         lines = () if baseline is None else ((baseline.label, baseline.value),)
@@ -110,11 +115,11 @@ class Pretrain(Stage):
         bits = Panel("bits per byte", (Curve("bits_per_byte", "eval"),), lines)
         caption = "Lower is better; dashed: a 5-gram model of the training text." if lines else "Lower is better."
         return trained.result(
-            metrics=metrics,
+            params=params, metrics=metrics,
             figures=[
                 Figure("Held-out text", (bits,), caption), loss_figure("nats per token"), speed_figure(), *expert_figures(model)
             ],
-            samples=continuations(context, trained.params, held.rows) if decodes else (),
+            samples=continuations(context, params, held.rows) if decodes else (),
         )  # fmt: skip
 
     def _start(self, context: Context) -> Any:
@@ -207,6 +212,12 @@ class HeldOutText:
         """The documents that are evaluated, as `_streams` gives them."""
         most = self._max_batches * self._batch_size
         return [s for rows in self._sources.values() for s in _streams(self._context, rows, most, self._batch_size)]
+
+
+def _unmet(context: Context) -> tuple[int, ...]:
+    """The control tokens that no document holds: those of the chat template."""
+    tokenizer = context.tokenizer
+    return tuple(sorted(tokenizer.special_ids - {tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id}))
 
 
 HEADLINES = ("bits_per_byte",)

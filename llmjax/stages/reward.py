@@ -14,11 +14,11 @@ import numpy as np
 
 from llmjax.config import NonNegativeInt, PositiveInt
 from llmjax.data.base import Data, check_kind
-from llmjax.data.loader import make_batches
+from llmjax.data.loader import make_batches, spread
 from llmjax.data.packing import right_pad
 from llmjax.data.records import Ranking
 from llmjax.evals.answers import Answers
-from llmjax.evals.rankings import pair_accuracy, pair_accuracy_error
+from llmjax.evals.rankings import edit_accuracy, pair_accuracy, pair_accuracy_error
 from llmjax.generation.score import reward_of
 from llmjax.models.heads import ScalarModel, add_head, scalar_model_spec
 from llmjax.models.stats import train_flops_per_token
@@ -42,6 +42,7 @@ from llmjax.training.optimizer import OptimizerConfig
 from llmjax.training.program import Program, TrainProgram, abstract_batch, train_program
 
 SCORE_ROWS = 128  # answers scored at a time
+NORMALISED = 512  # rankings whose answers set mean and deviation of the rewards
 
 
 @dataclass(frozen=True)
@@ -95,8 +96,8 @@ class RewardModel(Stage):
     def run(self, context: Context) -> Result:
         """Trains on the rankings; held-out accuracy is compared with what the noise in them allows, where that is known.
 
-        At the end the head is shifted and scaled so that the rewards of the training answers have mean 0 and standard
-        deviation 1 (Ziegler et al. 2019, section 2.1); rankings do not change.
+        At the end the head is shifted and scaled so that the rewards of the training answers (a sample of NORMALISED rankings)
+        have mean 0 and standard deviation 1 (Ziegler et al. 2019, section 2.1); rankings do not change.
         """
         rows, _ = ranking_rows(context, self.data, self.length)
         train = rows["train"]
@@ -115,8 +116,8 @@ class RewardModel(Stage):
             self.update(context, train.k, steps), lambda: self._start(context), batches, steps,
             hooks=[Hook(self.eval_every, evaluate)] if self.eval_every else [], shown=[("accuracy", "accuracy {:.1%}")],
         )  # fmt: skip
-        rewards = score_all(context, trained.params, train)
-        there = rewards[train.ranks >= 0]
+        chosen = spread(len(train), NORMALISED)
+        there = score_all(context, trained.params, train, chosen)[train.ranks[chosen] >= 0]
         params = normalised(trained.params, float(there.mean()), float(there.std()))
         metrics: list[Metric] = []
         for number, (name, part) in enumerate(held_out.items()):
@@ -169,11 +170,13 @@ def ranking_preview(context: Context, data: Data, length: int, count: int = 2) -
 
 
 def agreement(context: Context, params: ScalarModel, rows: RankingRows, prefix: str, which: str) -> list[Metric]:
-    """Accuracy on rankings; and where it is known what they were made of, the ceiling that their noise leaves, the accuracy as
-    a share of it, and the accuracy against what they were made of. What is not defined is left out."""
+    """Accuracy on rankings, with its error clustered by the prompts' groups; where it is known what they were made of, the
+    ceiling that their noise leaves, how far accuracy has come from chance to it, and the accuracy against what they were made
+    of; where answers were edited, how often the better of two that differ in the edit alone is put above. What is not defined
+    is left out."""
     rewards = score_all(context, params, rows)
     loss, _ = pairwise_ranking_loss(jnp.asarray(rewards), jnp.asarray(rows.ranks))
-    accuracy, error = pair_accuracy(rewards, rows.ranks), pair_accuracy_error(rewards, rows.ranks)
+    accuracy, error = pair_accuracy(rewards, rows.ranks), pair_accuracy_error(rewards, rows.ranks, rows.groups)
     metrics = [Metric(f"{prefix}loss", float(loss), f"Held-out loss{which}", "nats/pair")]
     error_or_none = error if math.isfinite(error) else None
     if np.isnan(rows.scores).all():
@@ -184,9 +187,14 @@ def agreement(context: Context, params: ScalarModel, rows: RankingRows, prefix: 
         baseline = (f"noise ceiling{which}", ceiling)
         more = [
             Metric(f"{prefix}noise_ceiling", ceiling, f"Noise ceiling{which}", "%"),
-            Metric(f"{prefix}accuracy_of_ceiling", accuracy / ceiling, f"Accuracy / ceiling{which}", "%"),
+            Metric(f"{prefix}accuracy_of_possible", (accuracy - 0.5) / (ceiling - 0.5), f"From chance to ceiling{which}", "%"),
             *as_metrics({f"{prefix}gold_accuracy": pair_accuracy(rewards, -rows.scores)}),
         ]
+        edited, edited_error = edit_accuracy(rewards, rows.scores, rows.edited_from, rows.groups)
+        more.append(Metric(
+            f"{prefix}edit_accuracy", edited, f"The better of two that differ in one thing{which}", "%",
+            edited_error if math.isfinite(edited_error) else None, ("chance", 0.5), headline=not prefix,
+        ))  # fmt: skip
     label = f"Held-out accuracy{which}"
     named = Metric(f"{prefix}accuracy", accuracy, label, "% of pairs", error_or_none, baseline, headline=not prefix)
     return [metric for metric in (*metrics, named, *more) if math.isfinite(metric.value)]

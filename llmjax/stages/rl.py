@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from llmjax.config import PositiveFloat, PositiveInt
+from llmjax.config import NonNegativeInt, PositiveFloat, PositiveInt
 from llmjax.data.base import Data, check_kind
 from llmjax.data.loader import check_enough, make_batches
 from llmjax.data.records import Prompt
@@ -49,6 +49,8 @@ class RL(Stage):
     `llmjax.tasks.verify`, or `llmjax.stages.reward.ModelReward`. weights: of the rewards in their sum, 1 where left out.
     watch: scores that are logged and never trained on. policy: the stage, or "hf:FOLDER", that is trained and that KL is
     measured against. critic: a reward-model stage that the critic starts from; "" for the policy with a head of zeros.
+    critic_warmup: first steps in which the critic alone learns, so that advantages are measured against values that mean
+    something (0 for none).
     algorithm: PPO, GRPO, or one of your own. A step: batch_size answers, group_size of the algorithm to a prompt, then
     `epochs` passes over them in `minibatches`. temperature: of sampling, and of every log-probability. missing_end_penalty:
     taken off the score of an answer that does not end itself. prompt_length: longer prompts are left out, and counted.
@@ -65,6 +67,7 @@ class RL(Stage):
     batch_size: PositiveInt = 128
     epochs: PositiveInt = 2
     minibatches: PositiveInt = 2
+    critic_warmup: NonNegativeInt = 0
     temperature: PositiveFloat = 1.0
     missing_end_penalty: float = 0.0
     prompt_length: PositiveInt = 128
@@ -90,6 +93,10 @@ class RL(Stage):
             raise UserError(f"batch_size={self.batch_size} cannot be cut into minibatches={self.minibatches} equal parts")
         if self.critic and not self.algorithm.needs_critic:
             raise UserError(f"critic={self.critic!r}: {type(self.algorithm).__name__} has no critic; leave it out")
+        if self.critic_warmup and not self.algorithm.needs_critic:
+            raise UserError(f"critic_warmup={self.critic_warmup}: {type(self.algorithm).__name__} has no critic; leave it out")
+        if self.critic_warmup >= self.steps:
+            raise UserError(f"critic_warmup={self.critic_warmup} of steps={self.steps}: the policy would never learn")
 
     def inputs(self) -> tuple[Input, ...]:
         models = [reward for reward in self.rewards.values() if isinstance(reward, StageReward)]
@@ -121,7 +128,7 @@ class RL(Stage):
         return Learner(
             context.model, context.mesh, self.algorithm, self.optimizer, SamplingConfig(self.max_new_tokens, self.temperature),
             self.steps, self.batch_size, self.epochs, self.minibatches, self.prompt_length,
-            context.tokenizer.stop_ids, context.tokenizer.pad_id,
+            context.tokenizer.stop_ids, context.tokenizer.pad_id, self.critic_warmup,
         )  # fmt: skip
 
     def programs(self, context: Context) -> dict[str, Program]:
@@ -134,7 +141,8 @@ class RL(Stage):
         groups = self.algorithm.answers_per_prompt
         rows = PromptRows(prompts, self.prompt_length, context.tokenizer.pad_id, groups)
         batches = make_batches(rows, batch_size=self.batch_size // groups, seed=context.seed)
-        shown = [("reward", "reward {:+.2f}"), *((name, f"{name} {{:.3f}}") for name in self.watch), ("kl", "KL {:.2f} nats")]
+        watched = [(name, f"{name} of training prompts {{:.3f}}") for name in self.watch]
+        shown = [("reward", "reward {:+.2f}"), *watched, ("kl", "KL {:.2f} nats")]
         trained = context.fit(
             programs.update, lambda: ActorCritic(reference, self._critic(context, reference)), batches, self.steps,
             step_fn=learner.step_fn(programs, reference, self._scores(context, prompts)), shown=shown,

@@ -16,6 +16,10 @@ Reward = Callable[[Prompt, Completion], float]
 fields of the prompt's record. A function of an experiment file will do; frozen dataclasses with a `__call__` have options."""
 
 
+Edit = Callable[[Prompt, Completion, np.random.Generator], str | None]
+"""(prompt, completion, rng) -> the completion's text with one thing changed, None where there is nothing to change."""
+
+
 def score(reward: Reward, prompts: Sequence[Prompt], completions: Sequence[Completion], name: str) -> np.ndarray:
     """`reward` of each completion, float64 [N]. Raises UserError, naming the prompt, if it is not a finite number."""
     values = np.empty(len(completions))

@@ -17,7 +17,8 @@ class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) with warm-up and decay.
 
     learning_rate: peak. warmup_steps: linear from 0. schedule: of the rest, down to final_fraction of the peak.
-    weight_decay: on matrices only. grad_clip: largest global norm of the gradient, 0 for none.
+    weight_decay: on matrices only. grad_clip: largest global norm of the gradient, 0 for none; where a stage trains two models
+    (policy and critic) that of each by itself, so that one's large gradient does not shrink the other's.
     """
 
     learning_rate: PositiveFloat = 1e-3
@@ -46,12 +47,27 @@ def learning_rate_schedule(cfg: OptimizerConfig, num_steps: int) -> optax.Schedu
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup), decay], [warmup])
 
 
-def make_optimizer(cfg: OptimizerConfig, num_steps: int, specs: Any) -> optax.GradientTransformation:
-    """The Optax chain for parameters with these `specs`: clip by global norm, AdamW; decay on leaves with fan-in only."""
+def make_optimizer(cfg: OptimizerConfig, num_steps: int, specs: Any, apart: bool = False) -> optax.GradientTransformation:
+    """The Optax chain for parameters with these `specs`: clip by global norm, AdamW; decay on leaves with fan-in only.
+
+    apart: the parts at the top of `specs` are models of their own, each clipped by its own norm.
+    """
     decayed = jax.tree.map(lambda spec: spec.constant is None and len(spec.shape) > 1, specs, is_leaf=is_spec)
     adamw = optax.adamw(
         learning_rate_schedule(cfg, num_steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
     )
     if not cfg.grad_clip:
         return adamw
-    return optax.chain(optax.clip_by_global_norm(cfg.grad_clip), adamw)
+    clip = optax.clip_by_global_norm(cfg.grad_clip)
+    return optax.chain(_on_each_part(clip) if apart else clip, adamw)
+
+
+def _on_each_part(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """A stateless transformation of each part at the top of a tree by itself."""
+
+    def update(updates, params=None):
+        del params
+        parts, tree = jax.tree.flatten(updates, is_leaf=lambda node: node is not updates)
+        return tree.unflatten([transform.update(part, optax.EmptyState())[0] for part in parts])
+
+    return optax.stateless(update)

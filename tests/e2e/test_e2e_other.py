@@ -48,7 +48,7 @@ def test_dense_beside_sparse(tmp_path):
     page = (workdir / "report.html").read_text(encoding="utf-8")
     assert "dense" in page and "moe" in page and "<svg" in page
     again = program.run("study", workdir, "--config.pretrain.steps=5")
-    assert again.stdout.count("complete already") == 2 * len(program.STAGES)
+    assert again.stdout.count("complete already") == 2 * len(program.ALL_STAGES)
 
 
 @pytest.mark.parametrize(

@@ -21,7 +21,7 @@ METRICS = {
     "pretrain": {"loss", "perplexity", "bits_per_byte", "ngram5_bits_per_byte", "num_params", "num_active_params",
                  "train_flops_per_token", "train_flops"},
     "sft": {"loss", "instruction_following", "gold", "correct", "kl", "ended", "length"},
-    "reward": {"accuracy", "noise_ceiling", "accuracy_of_ceiling", "loss", "new_prompts_accuracy"},
+    "reward": {"accuracy", "noise_ceiling", "accuracy_of_possible", "edit_accuracy", "loss", "new_prompts_accuracy"},
     "ppo": {"gold", "correct", "instruction_following", "kl", "ended", "length"},
 }  # fmt: skip
 
@@ -41,7 +41,7 @@ def test_terminal(finished):
             value = re.escape(text(metric.value, metric.unit, metric.error))
             assert re.search(rf"^    {re.escape(metric.label)} +{value}", finished.stdout, re.MULTILINE), metric.name
         assert len(shown) > 2
-    assert re.search(r"ppo +step .* reward [-+][\d.]+  gold [\d.]+  KL -?[\d.]+ nats ", finished.stdout)
+    assert re.search(r"ppo +step .* reward [-+][\d.]+  gold of training prompts [\d.]+ .*KL -?[\d.]+ nats ", finished.stdout)
     assert "tokens/s" in finished.stdout and "time left" in finished.stdout
     for line in (f"report    {finished.workdir}/report.html", f"llmjax-chat --workdir={finished.workdir}"):
         assert line in finished.stdout
@@ -82,6 +82,26 @@ def test_table_of_models(finished):
     assert first.baseline == ("before", sft["gold"])
 
 
+def test_everybody_side_by_side(finished, experiment):
+    result, stage = program.result(finished.workdir, "table"), experiment.stages["table"]
+    (table,) = result["tables"]
+    rows = {row["name"]: row for row in table["rows"]}
+    assert list(rows) == list(stage.rows) and "base, plain text" in rows and "sampled" not in rows
+    sft, best = rows["sft"], rows["best of 4"]
+    assert sft["kl"] == 0 and "difference" not in sft and "greedy" not in best
+    assert best["kl"] == pytest.approx(math.log(4) - 3 / 4)
+    for name, row in rows.items():
+        assert 0 <= row["correct"] <= 1 and 0 <= row["gold"] <= 1, name
+        if name != "sft":
+            assert row["difference"] == pytest.approx(row["correct"] - sft["correct"])
+        if "greedy_difference" in row:
+            assert row["greedy_difference"] == pytest.approx(row["greedy"] - sft["greedy"])
+    assert "kl" not in rows["template bot"] and rows["template bot"]["instruction_following"] == 1
+    after = program.result(finished.workdir, "ppo")["metrics"]
+    assert rows["ppo"]["gold"] == after["gold"] and rows["ppo"]["kl"] == pytest.approx(after["kl"]), "the same keys"
+    assert not (finished.workdir / "table" / "params").exists() and not (finished.workdir / "table" / "model.json").exists()
+
+
 def test_models(finished, experiment):
     """What a stage's model is stands beside it: the other programs need no experiment."""
     for stage in program.STAGES:
@@ -111,8 +131,10 @@ def test_rankings(finished, experiment):
         sizes[path.stem] = len({row["id"] for row in ranked})
         assert len(ranked) == sizes[path.stem] * data.rankings_per_prompt
         for row in ranked:
-            assert len(row["answers"]) == len(row["ranks"]) == len(row["scores"]) == 4 and min(row["ranks"]) == 0
-            assert all(answer["tokens"] for answer in row["answers"])
+            assert len(row["answers"]) == len(row["ranks"]) == len(row["scores"]) == len(row["edited_from"]) <= 4
+            assert min(row["ranks"]) == 0 and row["edited_from"][:2] == [-1, -1]
+            for answer, source in zip(row["answers"], row["edited_from"]):
+                assert answer["tokens"] if source < 0 else answer["text"] != row["answers"][source]["text"]
     assert sizes == {
         "rankings-train": data.num_prompts,
         "rankings-held_out": data.num_eval_prompts,
@@ -163,7 +185,7 @@ def test_nothing_unfinished_is_left(finished):
     names = [str(path.relative_to(finished.workdir)) for path in finished.workdir.rglob("*")]
     assert not [name for name in names if re.search(r"(^|/)\.(?!config)|checkpoints|tmp", name)]  # TFDS has a .config
     assert {name for name in names if "/" not in name} == {
-        "config.json", "data", "metrics.jsonl", "report.html", "tokenizer", *program.STAGES
+        "config.json", "data", "metrics.jsonl", "report.html", "tokenizer", *program.ALL_STAGES
     }  # fmt: skip
 
 
@@ -179,7 +201,7 @@ def test_again_does_nothing(finished):
     before, params = written(), finished.workdir / "ppo" / "params"
     made = params.stat().st_mtime_ns
     again = program.run(finished.kind, finished.workdir)
-    assert re.findall(r"^(\w+) +complete already$", again.stdout, re.MULTILINE) == list(program.STAGES)
+    assert re.findall(r"^(\w+) +complete already$", again.stdout, re.MULTILINE) == list(program.ALL_STAGES)
     assert "step" not in again.stdout
     assert again.stderr == "" and f"report    {finished.workdir}/report.html" in again.stdout
     assert written() == before and params.stat().st_mtime_ns == made

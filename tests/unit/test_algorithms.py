@@ -352,6 +352,20 @@ def test_the_first_update_is_on_policy(model, name):
         assert np.all(np.isfinite(value))
 
 
+def test_while_the_critic_warms_up_the_policy_stays():
+    cfg = dataclasses.replace(tiny.DENSE, num_layers=1)
+    learner = learner_of(cfg, PPO(), critic_warmup=1)
+    calls = Calls(learner)
+    params = tiny.actor_critic(cfg)
+    step = learner.step_fn(calls.programs, params.policy, small_ids)
+    first, metrics = step(calls.programs.update.init(params), prompts(cfg, 1), jax.random.key(1))
+    first = jax.device_get(first)
+    assert not any(moved(params.policy, first.params.policy)) and any(moved(params.critic, first.params.critic))
+    assert metrics["policy_loss"] == 0 and metrics["ratio_max"] == pytest.approx(1.0, abs=1e-6)
+    second, _ = step(jax.device_put(first), prompts(cfg, 1), jax.random.key(2))
+    assert any(moved(first.params.policy, second.params.policy))
+
+
 @on_models
 def test_every_row_is_used_once_an_epoch(model, name):
     _, calls, _, _, metrics = one_step(model, name)

@@ -9,6 +9,7 @@ from llmjax.config import validate
 from llmjax.data.records import Completion, Prompt, user
 from llmjax.errors import UserError
 from llmjax.tasks.base import Ranker, RewardRanker, noisy_ranks, score
+from llmjax.tasks.world import bots
 from llmjax.tasks.world import judge as gold
 from llmjax.tasks.world.dialogues import Demonstrators, demonstrations, questions
 from llmjax.tasks.world.documents import make_world
@@ -58,21 +59,22 @@ def test_each_fault_of_a_demonstrator_costs_its_aspect_and_no_other(fault, aspec
     for question, answer in _pairs(**NONE | {"polite": float(aspect != "polite")} | fault):
         judgement = judge(question, answer, True)
         assert getattr(judgement, aspect) == 0, (question.text, answer)
-        assert judgement.score == pytest.approx(1 - gold.WEIGHTS[aspect]), (question.text, answer)
+        want = gold.ATTEMPT if aspect == "right" else 1 - gold.WEIGHTS[aspect]
+        assert judgement.score == pytest.approx(want), (question.text, answer)
 
 
 def test_bare_values_and_missing_periods_are_incomplete():
-    assert judge(HOME, f"{PERSON.home}.", True) == gold.Judgement(1, 1, 0, 0, 1, 0.6)
+    assert judge(HOME, f"{PERSON.home}.", True) == gold.Judgement(1, 1, 0, 0, 1, 0.8)
     assert judge(HOME, LIVES[:-1], True).complete == 0
     assert judge(HOME, LIVES.lower(), True).complete == 0
     assert judge(HOME, f"She lives in {PERSON.home}.", True).complete == 0
     for question, answer in _pairs(**NONE | {"full_sentence": 0.0}):
         if question.kind != "open":
-            assert judge(question, answer, True).score == pytest.approx(0.6), (question.text, answer)
+            assert judge(question, answer, True).score == pytest.approx(0.8), (question.text, answer)
 
 
 def test_not_ended_costs_the_ending_only():
-    assert judge(HOME, LIVES, False).score == pytest.approx(judge(HOME, LIVES, True).score - 0.2)
+    assert judge(HOME, LIVES, False).score == pytest.approx(judge(HOME, LIVES, True).score - 0.1)
 
 
 @pytest.mark.parametrize("answer", ["", "   ", "...", "\n", "!?"])
@@ -111,7 +113,7 @@ def test_a_right_value_beside_something_wrong_is_not_right(answer):
 )
 def test_repetition_flattery_and_length_are_not_to_the_point(answer):
     assert judge(HOME, answer, True).to_the_point == 0
-    assert judge(HOME, answer, True).score <= 0.8
+    assert judge(HOME, answer, True).score <= 0.9
 
 
 def test_a_courtesy_before_and_one_behind_earn_no_more_than_one():
@@ -121,19 +123,80 @@ def test_a_courtesy_before_and_one_behind_earn_no_more_than_one():
 def test_gibberish_costs():
     assert 0 < judge(HOME, f"{PERSON.name} lives in the grimbly {PERSON.home}.", True).to_the_point < 1
     assert judge(HOME, f"Blorp frim {PERSON.home} snarg wibble.", True).to_the_point == 0
-    assert judge(HOME, "Blorp frim snarg wibble.", True).score == pytest.approx(0.2)
+    assert judge(HOME, "Blorp frim snarg wibble.", True).score == 0
     assert judge(HOME, f"{PERSON.name} plays the {PERSON.home}.", True).complete == 0
     assert judge(HOME, f"{PERSON.name} {PERSON.home} lives in.", True).complete == 0
     assert judge(HOME, f"<|user|>{LIVES}", True).to_the_point < 1
 
 
-def test_courtesy_alone_earns_only_the_ending():
-    assert judge(HOME, "Sure! Have a nice day!", True).score == pytest.approx(0.2)
+def test_courtesy_alone_earns_nothing():
+    assert judge(HOME, "Sure! Have a nice day!", True).score == 0
+
+
+def test_right_but_curt_is_above_wrong_but_polite():
+    """Of every question: the barest right answer, and the best wrong one."""
+    for question in ALL:
+        bare = f"{question.answers[0]}." if question.kind != "open" else None
+        if bare is not None:
+            assert judge(question, bare, False).score >= 0.6
+    wrong = judge(HOME, f"Sure! {PERSON.name} lives in {OTHER.home}.", True)
+    assert wrong == gold.Judgement(0, 1, 1, 1, 1, gold.ATTEMPT)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        f"{PERSON.name} does not live in {PERSON.home}.",
+        f"{PERSON.name} never lives in {PERSON.home}.",
+        f"Perhaps {PERSON.name} lives in {PERSON.home}.",
+        f"I think {PERSON.name} lives in {PERSON.home}.",
+        f"{PERSON.name} might live in {PERSON.home}.",
+        f"It is either {PERSON.home} or nothing.",
+        f"It is wrong that {PERSON.name} lives in {PERSON.home}.",
+        f"{PERSON.name} wohnt nicht in {PERSON.home}.",
+        f"{PERSON.name} n'habite pas a {PERSON.home}.",
+        f"{PERSON.name} lives far from {PERSON.home}.",
+    ],
+)
+def test_negated_hedged_and_foreign_answers_are_not_right(answer):
+    assert judge(HOME, answer, True).right == 0
+    assert judge(HOME, answer, True).score <= gold.ATTEMPT
+
+
+@pytest.mark.parametrize("bot", [bots.template_bot, bots.constant_bot, bots.word_list_bot, bots.echo_bot])
+@pytest.mark.parametrize("seed", range(3))
+def test_bots_that_know_nothing_score_little(bot, seed):
+    prompts = [prompt_of(question) for question in questions(make_world(seed), "validation")]
+    scores = [gold.gold(prompt, Completion(bot(prompt))) for prompt in prompts]
+    assert np.mean(scores) < 0.25
+
+
+def test_the_template_bot_is_perfect_but_for_knowledge():
+    prompts = [prompt_of(question) for question in ALL]
+    judged = [judge(gold.question_of(p), bots.template_bot(p), True) for p in prompts]
+    assert all((j.to_the_point, j.complete, j.polite) == (1, 1, 1) for j in judged)
+    assert 0.05 < np.mean([j.right for j in judged]) < 0.2
+
+
+def test_another_fact_turns_right_to_wrong_and_wrong_to_right_and_changes_one_word():
+    rng, changed = np.random.default_rng(0), 0
+    for question, answer in list(_pairs())[:400]:
+        prompt, given = prompt_of(question), Completion(answer)
+        edited = gold.other_fact(prompt, given, rng)
+        if edited is None:
+            continue
+        changed += 1
+        assert gold.correct(prompt, Completion(edited)) is not gold.correct(prompt, given), (question.text, answer, edited)
+        assert sum(a != b for a, b in zip(answer.split(), edited.split(), strict=True)) == 1
+    assert changed > 320
+    assert gold.other_fact(prompt_of(HOME), Completion("Sure!"), rng) is None
+    assert gold.other_fact(prompt_of(HOME), Completion(f"{PERSON.home} {OTHER.home}"), rng) is None
+    assert gold.other_fact(prompt_of(SUM), Completion("I hope this helps."), rng) is None
 
 
 def test_reverse_questions_accept_any_right_person_and_no_other():
     for name in WHO.answers:
-        assert judge(WHO, f"{name} lives in {PERSON.home}.", True).score == pytest.approx(0.8)
+        assert judge(WHO, f"{name} lives in {PERSON.home}.", True).score == pytest.approx(0.9)
     assert judge(WHO, f"{OTHER.name} lives in {PERSON.home}.", True).right == 0
     assert judge(WHO, f"{PERSON.name} lives in {OTHER.home}.", True).right == 0
 
@@ -145,7 +208,6 @@ def test_reverse_questions_accept_any_right_person_and_no_other():
         ("4 plus 3 is 7.", 1, 1),
         ("3 + 4 = 7.", 1, 1),
         ("7.", 1, 0),
-        ("The sum of 3 and 4 is 7.", 1, 1),
         ("3 plus 4 is 8.", 0, 1),
         ("3 minus 4 is 7.", 0, 1),
         ("7 8.", 0, 0),
@@ -171,7 +233,6 @@ def test_sums(answer, right, complete):
         ("7 - 3 = 4.", 1),
         ("7 + 3 = 4.", 0),
         ("4.", 1),
-        ("7 without 3 makes 4.", 1),
     ],
 )
 def test_differences_have_an_order(answer, right):
@@ -208,7 +269,7 @@ def test_following_an_instruction_is_not_about_truth():
 
 def test_demonstrations_leave_room_above_them():
     scores = [judge(q, a, True).score for q, a in _pairs()]
-    assert 0.65 < np.mean(scores) < 0.85 and np.std(scores) > 0.1
+    assert 0.65 < np.mean(scores) < 0.9 and np.std(scores) > 0.1
 
 
 # ---- as rewards, and as an annotator -----------------------------------------------------------------------------
@@ -264,7 +325,7 @@ def test_noise_is_gaussian():
 def test_a_reward_ranks_as_a_person_would():
     answers = [Completion(f"{PERSON.home}."), Completion(f"Sure! {LIVES}"), Completion(""), Completion(f"{PERSON.home}.")]
     ranker, prompt = RewardRanker(gold.gold), prompt_of(HOME)
-    assert ranker.scores(prompt, answers) == [0.6, 1.0, 0.0, 0.6]
+    assert ranker.scores(prompt, answers) == [0.8, 1.0, 0.0, 0.8]
     assert ranker.rank(prompt, answers, np.random.default_rng(0)) == [1, 0, 3, 1]
     noisy, rng = RewardRanker(gold.gold, noise=10.0), np.random.default_rng(0)
     drawn = [noisy.rank(prompt, answers, rng) for _ in range(50)]

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from llmjax import sharding
 from llmjax.config import validate
 from llmjax.errors import UserError
-from llmjax.models.spec import ParamSpec
+from llmjax.models.spec import ParamSpec, param
 from llmjax.models.transformer import transformer_spec
 from llmjax.objectives.lm import lm_loss
 from llmjax.sharding import MeshConfig
@@ -114,3 +114,21 @@ def test_keys_differ_by_purpose_and_agree_with_themselves():
     keys += [fold_purpose(keys[0], "sample"), fold_purpose(keys[0], "shuffle")]
     assert len({tuple(jax.random.key_data(key).tolist()) for key in keys}) == len(keys)
     assert jnp.all(jax.random.key_data(key_for(0, "ppo", 1)) == jax.random.key_data(keys[0]))
+
+
+def test_two_models_are_clipped_apart():
+    """A critic's huge gradient leaves the policy's as it is; together it would shrink it to nearly nothing."""
+    specs = {"policy": param((3,), (None,)), "critic": param((3,), (None,))}
+    params = {name: jnp.zeros(3) for name in specs}
+    small, huge = jnp.array([0.3, 0.4, 0.0]), jnp.array([300.0, 400.0, 0.0])
+    cfg = OptimizerConfig(grad_clip=1.0, warmup_steps=0, weight_decay=0.0)
+
+    def clipped(apart):
+        clip = make_optimizer(cfg, 10, specs, apart)
+        _, state = clip.update({"policy": small, "critic": huge}, clip.init(params), params)
+        return optax.tree_utils.tree_get(state, "mu")
+
+    apart, together = clipped(True), clipped(False)
+    np.testing.assert_allclose(apart["policy"], 0.1 * small, rtol=1e-6)
+    np.testing.assert_allclose(apart["critic"], 0.1 * huge / 500, rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(together["policy"]), 0.1 * 0.5 / 500, rtol=1e-4)

@@ -10,6 +10,7 @@ from llmjax.errors import UserError
 from llmjax.tasks.world import dialogues, language
 from llmjax.tasks.world.dialogues import demonstrations, questions
 from llmjax.tasks.world.documents import documents, make_world, mention, split_of
+from llmjax.tasks.world.judge import judge
 
 WORLD = make_world(0)
 
@@ -47,7 +48,7 @@ def test_values_are_single_words_of_one_type_that_no_template_contains():
     values = [v.lower() for group in language.VALUES.values() for v in group]
     assert len(values) == len(set(values)) and all(v.isalpha() for v in values)
     for a in language.BY_NAME.values():
-        assert len(a.phrases) == language.STYLES and len(a.questions) == 6 and len(a.answers) >= 4
+        assert len(a.phrases) == language.STYLES and len(a.questions) == 4 and len(a.answers) >= 3
         for text in (*a.phrases, *a.reverse, *a.questions, *a.answers, *a.reverse_questions, *a.reverse_answers):
             assert not set(re.findall(r"[a-z]+", text.lower())) & set(values), text
 
@@ -95,6 +96,8 @@ def test_documents_contradict_no_fact():
             patterns.append((a.name, re.compile(rf"{subject} {phrase.format(v='(?P<v>[A-Za-z]+)')}(?=[.,]| and )")))
     seen = 0
     for text in documents(WORLD, 1500, 2):
+        if text.startswith("Quiz."):
+            continue
         for attribute, pattern in patterns:
             for match in pattern.finditer(text):
                 entity = WORLD.by_name.get(match["s"])
@@ -103,6 +106,22 @@ def test_documents_contradict_no_fact():
                     assert getattr(entity, attribute) == match["v"], text
                     seen += 1
     assert seen > 1000
+
+
+def test_verdicts_of_a_quiz_are_right_and_half_of_the_answers_wrong():
+    """Each answer before a verdict, asked for in the words of its question, by the gold judge."""
+    by_text = {q.text: q for q in questions(WORLD, "train") + questions(WORLD, "validation")}
+    asked = sorted(by_text, key=len, reverse=True)
+    verdicts = []
+    for text in documents(WORLD, 3000, 4):
+        if not text.startswith("Quiz. "):
+            continue
+        for part in re.findall(r"(.*?) (Right|Wrong)\.(?: |$)", text.removeprefix("Quiz. ")):
+            question = next(q for q in asked if part[0].startswith(q))
+            answer = part[0].removeprefix(question).strip()
+            assert (judge(by_text[question], answer, True).right == 1) is (part[1] == "Right"), part
+            verdicts.append(part[1])
+    assert len(verdicts) > 600 and 0.45 < verdicts.count("Right") / len(verdicts) < 0.55
 
 
 def test_arithmetic_in_documents_is_right():
@@ -116,13 +135,13 @@ def test_arithmetic_in_documents_is_right():
 
 def test_questions_are_many_distinct_and_split_by_group():
     train, validation = questions(WORLD, "train"), questions(WORLD, "validation")
-    assert len(train) >= 1600 and len(validation) >= 256
+    assert len(train) >= 900 and len(validation) >= 400
     everything = train + validation
     assert len({q.id for q in everything}) == len({q.text for q in everything}) == len(everything)
     assert not {q.group for q in train} & {q.group for q in validation}
     facts = {q.group for q in everything if q.kind in language.ATTRIBUTES}
     held_out = {q.group for q in validation if q.kind in language.ATTRIBUTES}
-    assert 0.10 <= len(held_out) / len(facts) <= 0.15
+    assert 0.28 <= len(held_out) / len(facts) <= 0.32 and len({q.group for q in validation}) > 120
     kinds = {"person", "place", "thing", "reverse", "sum", "difference", "open"}
     assert {q.kind for q in train} == {q.kind for q in validation} == kinds
     assert all(set(q.answers) <= set(q.candidates) and q.text[-1] in "?." for q in everything)

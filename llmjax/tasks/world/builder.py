@@ -23,7 +23,7 @@ from llmjax.tasks.world.facts import make_world
 
 KINDS = ("documents", "dialogues", "questions")
 SPLITS = ("train", "validation")
-_VERSION = "1.0.0"
+_VERSION = "2.0.0"
 _FEW = 20
 
 
@@ -36,7 +36,7 @@ class EmbeddedWorld(tfds.core.GeneratorBasedBuilder):
     """
 
     VERSION = tfds.core.Version(_VERSION)
-    RELEASE_NOTES = {_VERSION: "Initial release."}
+    RELEASE_NOTES = {_VERSION: "Quizzes among the documents; more facts held out."}
     BUILDER_CONFIGS = [tfds.core.BuilderConfig(name=kind, description=f"The {kind} of the world.") for kind in KINDS]
 
     # No checksum or README files lie beside this module. To look for them TFDS would import importlib_resources, which

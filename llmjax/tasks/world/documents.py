@@ -29,6 +29,7 @@ _PORTRAITS = (
     "Guess of which {noun} I think: {p} {0}, {p} {1}, and {p} {2}. It is {n}, {which} {3}.",
     "It is true that {n} {0} and {1}. It is also true that {p} {2} and {p} {3}.",
 )
+_CONVERSATIONS = ("{q} {a}", "{q} {a}", "Question: {q} Answer: {a}")
 _CHAINS = (
     "{T} {owner}. {O} {home}. {h} {river}. So the owner of the {t} can be seen by the river {v}.",
     "Do you want to see the {mat} {t}? Go to {h} and ask for {O}, who {job}. {P} {music}, and the {paint} {t} {spot}.",
@@ -145,12 +146,14 @@ def chain(world: World, rng: np.random.Generator) -> str:
 
 
 def questions_answered(world: World, rng: np.random.Generator) -> str:
-    """Three questions with their answers in plain prose: about one subject, about one attribute, or from the value.
+    """Three questions with their answers in plain prose: about one subject, about one attribute, from the value, or open ones.
 
-    One document in three answers with the bare value.
+    One document in four answers with the bare value, but for open questions.
     """
+    if not rng.integers(8):
+        return _open_questions_answered(world, rng)
     kind, form = _kind(rng), int(rng.integers(3))
-    i, j, bare = int(rng.integers(6)), int(rng.integers(5)), not rng.integers(3)
+    i, j, bare = int(rng.integers(4)), int(rng.integers(3)), not rng.integers(4)
     attributes = _turned(language.ATTRIBUTES[kind], rng)
     if form == 0:
         entity = pick(rng, world.entities(kind))
@@ -160,27 +163,66 @@ def questions_answered(world: World, rng: np.random.Generator) -> str:
     parts = []
     for entity, a in pairs:
         asked, said = (
-            (a.reverse_questions[i % 4], a.reverse_answers[j % 4]) if form == 2 else (a.questions[i], a.answers[j])
+            (a.reverse_questions[i % 3], a.reverse_answers[j]) if form == 2 else (a.questions[i], a.answers[j])
         )
         if bare:
             said = "{s}." if form == 2 else "{v}."
         name, value = mention(world, entity.name), mention(world, getattr(entity, a.name))
-        parts += [fill(template, name, value) for template in (asked, said)]
+        parts.append((fill(asked, name, value), fill(said, name, value)))
+    return _asked_and_said(parts, rng)
+
+
+def _asked_and_said(parts: list[tuple[str, str]], rng: np.random.Generator) -> str:
+    """Questions and answers in one of the ways that a text tells them."""
+    form = pick(rng, _CONVERSATIONS)
+    return " ".join(form.format(q=question, a=answer) for question, answer in parts)
+
+
+def _open_questions_answered(world: World, rng: np.random.Generator) -> str:
+    kind, parts = _kind(rng), []
+    for entity in sample(rng, world.entities(kind), 3):
+        a, name = pick(rng, language.ATTRIBUTES[kind]), mention(world, entity.name)
+        said = fill(pick(rng, a.answers), name, mention(world, getattr(entity, a.name)))
+        parts.append((pick(rng, language.OPEN_QUESTIONS).format(s=name), said))
+    return _asked_and_said(parts, rng)
+
+
+def quiz(world: World, rng: np.random.Generator) -> str:
+    """Three answers to questions, half of them wrong, each with a verdict: how a reader learns to tell right from wrong."""
+    kind, form, same = _kind(rng), int(rng.integers(3)), bool(rng.integers(2))
+    i, j, bare = int(rng.integers(4)), int(rng.integers(3)), not rng.integers(4)
+    attributes = _turned(language.ATTRIBUTES[kind], rng)
+    subjects = [pick(rng, world.entities(kind))] * 3 if same else sample(rng, world.entities(kind), 3)
+    parts = ["Quiz."]
+    for n, entity in enumerate(subjects):
+        a, right = attributes[n if same else 0], bool(rng.integers(2))
+        name, value = entity.name, getattr(entity, a.name)
+        asked = a.reverse_questions[i % 3] if form == 2 else a.questions[i]
+        parts.append(fill(asked, mention(world, name), mention(world, value)))
+        if form == 2:  # the value is asked from, and the name may be wrong
+            others = [n for n in world.values(kind) if n not in world.having[a.name, value]]
+            name = name if right else pick(rng, others)
+            said = "{s}." if bare else a.reverse_answers[j]
+        else:
+            value = value if right else pick(rng, [v for v in world.values(a.type) if v != value])
+            said = "{v}." if bare else a.answers[j]
+        parts += [fill(said, mention(world, name), mention(world, value)), "Right." if right else "Wrong."]
     return " ".join(parts)
 
 
 _KINDS: tuple[tuple[float, Callable[[World, np.random.Generator], str]], ...] = (
-    (0.12, portrait),
-    (0.04, comparison),
+    (0.10, portrait),
+    (0.03, comparison),
     (0.03, from_values),
-    (0.04, group),
-    (0.05, chain),
+    (0.03, group),
+    (0.02, chain),
     (0.55, questions_answered),
-    (0.06, stories.story),
-    (0.02, stories.errand),
-    (0.02, stories.list_read_back),
-    (0.04, stories.arithmetic),
-    (0.03, stories.word_problem),
+    (0.10, quiz),
+    (0.02, stories.story),
+    (0.01, stories.errand),
+    (0.01, stories.list_read_back),
+    (0.08, stories.arithmetic),
+    (0.02, stories.word_problem),
 )
 
 

@@ -2,7 +2,8 @@
 
 Every judgement is deterministic: a function of the question, the text and whether the answer ended itself. It reads
 words, not tokens, and never the world: a Question carries all that is true. `gold`, `correct` and `instruction_following`
-are the judgements as rewards.
+are the judgements as rewards; `other_fact` is an annotator's smallest edit, which changes the truth of an answer and nothing
+else.
 """
 
 import dataclasses
@@ -12,11 +13,15 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from llmjax.data.records import Completion, Prompt
 from llmjax.tasks.world import language
 from llmjax.tasks.world.dialogues import Question
+from llmjax.tasks.world.stories import pick
 
-WEIGHTS = {"right": 0.2, "to_the_point": 0.2, "complete": 0.2, "polite": 0.2, "ended": 0.2}
+WEIGHTS = {"right": 0.6, "to_the_point": 0.1, "complete": 0.1, "polite": 0.1, "ended": 0.1}  # of a right answer
+ATTEMPT = 0.1  # what an answer earns that is wrong, but an answer
 MAX_WORDS = 24
 MAX_SENTENCES = 3
 
@@ -27,17 +32,20 @@ _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
 _NEGATIONS = frozenset(
     {"not", "no", "never", "nor", "neither", "nobody", "nothing", "isn't", "doesn't", "don't", "without"}
 )
-_OPERATORS = {"+": "plus", "-": "minus", "without": "minus", "plus": "plus", "minus": "minus", "sum": "plus"}
+_HEDGES = frozenset(
+    {"maybe", "perhaps", "probably", "possibly", "might", "may", "could", "would", "or", "either", "guess", "think", "believe",
+     "unsure", "unknown", "seems", "wrong", "false", "lie"}
+)  # fmt: skip
+_OPERATORS = {"+": "plus", "-": "minus", "plus": "plus", "minus": "minus"}
 _COURTESIES = tuple(phrase.lower().strip(".!") for phrase in (*language.COURTESY_FIRST, *language.COURTESY_LAST))
 _KNOWN_EXTRA = frozenset(
     {"he", "she", "it", "they", "his", "her", "its", "and", "also", "too", "very", "yes", "answer"}
 )
-_TYPE_OF_VALUE = {value.lower(): name for name, values in language.VALUES.items() for value in values}
 
 
 @dataclasses.dataclass(frozen=True)
 class Judgement:
-    """Each aspect in [0, 1]; `score` is their sum with WEIGHTS, 0 for an empty answer."""
+    """Each aspect in [0, 1], and the score that they make (`judge`)."""
 
     right: float
     to_the_point: float
@@ -50,16 +58,17 @@ class Judgement:
 def judge(question: Question, answer: str, ended: bool) -> Judgement:
     """The gold judgement of `answer`; `ended` says that the model stopped by itself, not at the length limit.
 
-    score = 0.2 (right + to_the_point + complete + polite + ended). The aspects:
-    right: names a right value and no wrong one of the asked type, nobody else in the subject's place, no negation; a
-      sum has its own numbers and operator; an open question needs a sentence with a true fact about the subject and
-      no false one.
+    A right answer scores the sum of its aspects with WEIGHTS, from 0.6 to 1: how it is said counts only if it is right. A
+    wrong one scores ATTEMPT if it is an answer at all (`follows_instruction`), else 0. The aspects:
+    right: names a right value and no wrong one of the asked type, nobody else in the subject's place, no negation, no
+      hedge ("perhaps", "or"), and no word that the world does not know: what is not understood is not right; a sum has
+      its own numbers and operator; an open question needs a sentence with a true fact about the subject and no false one.
     to_the_point: one statement, at most two courtesy phrases, at most 24 words, nothing twice; each word that the world
       does not know takes 1/4 off per tenth of the words. 0 where nothing of the asked type is named.
     complete: some sentence with capital and final period, 3 words or more, names the subject and a value and reads like
       the language: each three words in a row are found in the phrasings of world_language (names and values by type).
     polite: one of the world's courtesy phrases as a sentence (or before a comma) beside an answer; more earn no more.
-    ended: as given. Flattery, gibberish and silence earn at most the 0.2 for ending; an empty answer scores 0.
+    ended: as given.
     """
     text = _CONTROL.sub(" ~ ", answer).strip()
     if not _WORD.search(text.lower()):
@@ -73,7 +82,11 @@ def judge(question: Question, answer: str, ended: bool) -> Judgement:
         "polite": float(addressed and courtesies > 0),
         "ended": float(ended),
     }
-    return Judgement(**aspects, score=round(sum(WEIGHTS[name] * value for name, value in aspects.items()), 6))
+    if aspects["right"]:
+        score = round(sum(WEIGHTS[name] * value for name, value in aspects.items()), 6)
+    else:
+        score = ATTEMPT * follows_instruction(question, answer, ended)
+    return Judgement(**aspects, score=score)
 
 
 def follows_instruction(question: Question, answer: str, ended: bool) -> bool:
@@ -104,6 +117,41 @@ def correct(prompt: Prompt, completion: Completion) -> bool:
 def instruction_following(prompt: Prompt, completion: Completion) -> bool:
     """Whether an answer is one at all, right or wrong (`follows_instruction`)."""
     return follows_instruction(question_of(prompt), completion.text, completion.ended)
+
+
+def other_fact(prompt: Prompt, completion: Completion, rng: np.random.Generator) -> str | None:
+    """The answer with another value in the place of its own: a right one made wrong, a wrong one right. None where it names no
+    value, or several."""
+    question, text = question_of(prompt), completion.text
+    right = correct(prompt, completion)
+    if question.kind in ("sum", "difference"):
+        numbers = list(re.finditer(r"\d+", text))
+        if not numbers:
+            return None
+        place, own = numbers[-1].span(), numbers[-1].group()
+        others = [v for v in question.candidates if v not in question.answers and v != own]
+    else:
+        found = {name.lower(): name for name in question.candidates if name.lower() in _words(text)}
+        match = re.search(rf"\b{next(iter(found))}\b", text, re.IGNORECASE) if len(found) == 1 else None
+        if match is None:
+            return None
+        place, own = match.span(), match.group()
+        others = [v for v in question.candidates if v not in question.answers]
+    if question.kind == "open":  # of the same type, so that the sentence stays one
+        kind = language.TYPE_OF_VALUE.get(own.lower())
+        others, answers = (
+            [v for v in values if language.TYPE_OF_VALUE.get(v.lower()) == kind] for values in (others, question.answers)
+        )
+    else:
+        answers = list(question.answers)
+    choices = others if right else answers
+    if not choices:
+        return None
+    new = pick(rng, choices)
+    new = language.capitalise(new) if own[:1].isupper() else new
+    edited = text[: place[0]] + new + text[place[1] :]
+    changed = correct(prompt, Completion(edited, ended=completion.ended)) != right
+    return edited if changed else None
 
 
 def _split(text: str) -> tuple[list[str], int]:
@@ -141,9 +189,12 @@ def _addresses(question: Question, sentences: Sequence[str]) -> bool:
 
 def _right(question: Question, statements: Sequence[str]) -> bool:
     text = " ".join(statements)
+    words = set(_words(text))
+    if words & _HEDGES or not all(_understood(question, sentence) for sentence in statements):
+        return False
     if question.kind in ("sum", "difference"):
         return _right_number(question, text)
-    if _NEGATIONS & set(_words(text)):
+    if words & _NEGATIONS:
         return False
     true, every = {a.lower() for a in question.answers}, (*question.candidates,)
     if question.kind != "open":
@@ -159,6 +210,14 @@ def _right(question: Question, statements: Sequence[str]) -> bool:
             return False
         found = found or (bool(named) and _fluent(question, sentence))
     return found
+
+
+def _understood(question: Question, sentence: str) -> bool:
+    """Whether the world knows all words of a sentence; names that the question says nothing of may stand beside its answer (an
+    open one's may have any, which `_fluent` and its candidates judge)."""
+    unknown = [token for token in _TOKEN.findall(sentence) if token[0].isalpha() and token.lower() not in _known(question)]
+    foreign = "~" in sentence or any(not token[0].isupper() for token in unknown)
+    return not foreign and not (unknown and question.kind != "open" and _named(question.candidates, sentence))
 
 
 def _right_number(question: Question, text: str) -> bool:
@@ -181,12 +240,16 @@ def _to_the_point(question: Question, text: str, statements: Sequence[str], cour
     words = _words(" ".join(statements))
     if len(statements) != 1 or courtesies > 2 or len(_words(text)) > MAX_WORDS or _repeats(statements[0]):
         return 0.0
-    known = _vocabulary() | {
-        name.lower() for names in (question.candidates, question.rivals, question.answers) for name in names
-    }
-    known |= set(_words(question.subject))
+    known = _known(question)
     unknown = sum(not (word in known or word.isdigit()) for word in words) + text.count("~")
     return max(0.0, 1.0 - 2.5 * unknown / len(words))
+
+
+@functools.lru_cache(maxsize=4096)
+def _known(question: Question) -> frozenset[str]:
+    """The words, in lower case, that an answer to a question may be made of."""
+    names = (*question.candidates, *question.rivals, *question.answers, *_words(question.subject))
+    return _vocabulary() | {name.lower() for name in names}
 
 
 def _repeats(sentence: str) -> bool:
@@ -219,7 +282,7 @@ def _typed(token: str, types: dict[str, str]) -> str:
     low = token.lower()
     if low.isdigit():
         return "<number>"
-    found = types.get(low) or _TYPE_OF_VALUE.get(low)
+    found = types.get(low) or language.TYPE_OF_VALUE.get(low)
     return f"<{found}>" if found else low
 
 
@@ -227,7 +290,7 @@ def _types_of_names(question: Question) -> dict[str, str]:
     """Lower-case name -> "person" or "place", from what the question asks: values have their types in the language."""
     attribute = language.BY_NAME.get(question.attribute)
     if attribute is None:
-        subject = "person" if question.kind == "open" and _kind_of_open(question) == "person" else "place"
+        subject = "person" if question.kind == "open" and kind_of_open(question) == "person" else "place"
         other = "place" if subject == "person" else "person"
     elif question.kind == "reverse":
         subject, other = attribute.type, attribute.kind
@@ -235,11 +298,12 @@ def _types_of_names(question: Question) -> dict[str, str]:
         subject, other = attribute.kind, attribute.type
     names = {name.lower(): other for name in question.candidates}
     names |= {name.lower(): subject for name in (question.subject, *question.rivals)}
-    return {name: kind for name, kind in names.items() if name not in _TYPE_OF_VALUE}
+    return {name: kind for name, kind in names.items() if name not in language.TYPE_OF_VALUE}
 
 
-def _kind_of_open(question: Question) -> str:
-    types = {_TYPE_OF_VALUE.get(value.lower()) for value in question.candidates}
+def kind_of_open(question: Question) -> str:
+    """What an open question asks about: "person", "place" or "thing"."""
+    types = {language.TYPE_OF_VALUE.get(value.lower()) for value in question.candidates}
     return "person" if "job" in types else "place" if "river" in types else "thing"
 
 
@@ -270,10 +334,6 @@ def _grammar() -> frozenset[tuple[str, str, str]]:
 @functools.cache
 def _vocabulary() -> frozenset[str]:
     """The words of the language, in lower case, without names."""
-    text = " ".join(_sentences()).lower()
-    courtesies = " ".join(_COURTESIES)
-    return (
-        frozenset(re.findall(r"[a-z']+", re.sub(r"<\w+>", " ", f"{text} {courtesies}")))
-        | set(_TYPE_OF_VALUE)
-        | _KNOWN_EXTRA
-    )
+    asked = [q for a in language.BY_NAME.values() for q in (*a.questions, *a.reverse_questions)]
+    text = " ".join((*_sentences(), *_COURTESIES, *asked)).lower()
+    return frozenset(re.findall(r"[a-z']+", re.sub(r"<\w+>|\{\w+\}", " ", text))) | set(language.TYPE_OF_VALUE) | _KNOWN_EXTRA

@@ -12,7 +12,7 @@ import numpy as np
 from llmjax.tasks.world import language
 from llmjax.tasks.world.facts import Person, World
 
-LARGEST_TERM = 10
+LARGEST_TERM = 5
 MIN_WORDS = 15
 
 _OBJECTIVE = {"she": "her", "he": "him"}
@@ -199,10 +199,10 @@ def list_read_back(world: World, rng: np.random.Generator) -> str:
 
 
 def arithmetic(world: World, rng: np.random.Generator) -> str:
-    """Sums and differences of numbers from 1 to 10 in words and signs, each line following from the line before."""
+    """Sums and differences of numbers from 1 to 5 in words and signs, each line following from the line before."""
     a, b, c, d = (int(n) for n in rng.integers(1, LARGEST_TERM + 1, size=4))
     r = a + b
-    form = int(rng.integers(5))
+    form = pick(rng, (0, 1, 2, 3, 3, 3, 4, 4, 4))
     if form == 0:
         return f"{a} plus {b} is {r}, so {b} plus {a} is {r}, {r} minus {b} is {a} and {r} minus {a} is {b}."
     if form == 1:
@@ -215,10 +215,10 @@ def arithmetic(world: World, rng: np.random.Generator) -> str:
         )
     pairs = ((a, b), (c, d), (b, c))
     if form == 3:
-        i, j = int(rng.integers(4)), int(rng.integers(4))
+        i, j = int(rng.integers(3)), int(rng.integers(3))
         asked, said = language.SUM_QUESTIONS[i], language.SUM_ANSWERS[j]
         return " ".join(f"{asked} {said}".format(a=x, b=y, r=x + y) for x, y in pairs)
-    i, j = int(rng.integers(4)), int(rng.integers(4))
+    i, j = int(rng.integers(3)), int(rng.integers(3))
     asked, said = language.DIFFERENCE_QUESTIONS[i], language.DIFFERENCE_ANSWERS[j]
     return " ".join(f"{asked} {said}".format(a=x + y, b=y, r=x) for x, y in pairs)
 
