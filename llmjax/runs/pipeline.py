@@ -23,7 +23,7 @@ from llmjax.report.read import read_run
 from llmjax.report.render import write_report
 from llmjax.report.tables import table_grid, to_rich
 from llmjax.results import ADAPTER, PARAMS, Summary, write_summary
-from llmjax.runs.models import write_model_file
+from llmjax.runs.models import trained_length, write_model_file
 from llmjax.runs.workdir import CONFIG, TOKENIZER, check_workdir, in_use
 from llmjax.sharding import MeshConfig, make_mesh, use_mesh
 from llmjax.stages.base import Context, Result
@@ -207,7 +207,10 @@ def _hand_on(context: Context, result: Result) -> None:
     )  # fmt: skip
     if jax.process_index() == 0:
         hf_source = next(iter(context.experiment.hf_folders), None)
-        write_model_file(context.path(), stage.makes, context.model, hf_source, lora)
+        before = [trained_length(context.workdir, link.source) for link in stage.inputs() if link.makes == "language"]
+        write_model_file(
+            context.path(), stage.makes, context.model, hf_source, lora, chats=stage.chats, length=max([result.length, *before])
+        )
         write_summary(context.path(), summary)
         checkpoint.delete(context.path("checkpoints"))
     context.say(f"complete in {result.seconds:.0f} s")
@@ -236,13 +239,15 @@ def _told(summary: Summary) -> str:
 
 
 def conclude(experiment: Experiment, workdir: str, steps: Sequence[tuple[str, str]] = ()) -> None:
-    """Tables, report, and what to do next: to chat, if a model has learnt to, and `steps` (what it does, command)."""
+    """Tables, report, and what to do next: to chat, or to let a base model go on, and `steps` (what it does, command)."""
     run = read_run(workdir)
     for stage in experiment.stages:
         for table in run.tables(stage):
             Console().print(to_rich(table_grid(table)))
-    if any(stage.makes == "language" and stage.chats for stage in experiment.stages.values()):
-        steps = [("chat with it", f"llmjax-chat --workdir={shlex.quote(workdir)}"), *steps]
+    models = [stage for stage in experiment.stages.values() if stage.makes == "language"]
+    if models:
+        what = "chat with it" if models[-1].chats else "let it go on with a text"
+        steps = [(what, f"llmjax-chat --workdir={shlex.quote(workdir)}"), *steps]
     path = write_report(workdir, experiment.name, next_steps=steps)
     print(f"report    {path}")
     for what, command in steps:

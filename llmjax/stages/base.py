@@ -56,8 +56,9 @@ class Input(NamedTuple):
 class Result:
     """What a stage hands on.
 
-    params: of the model that it made. steps, seconds, tokens: of training. adapter: low-rank updates that are merged in params,
-    with their config. The rest is for people: see `llmjax.results`.
+    params: of the model that it made. steps, seconds, tokens: of training. length: of the texts that it was trained on, in
+    tokens (0: not known). adapter: low-rank updates that are merged in params, with their config. The rest is for people: see
+    `llmjax.results`.
     """
 
     params: Any
@@ -68,6 +69,7 @@ class Result:
     figures: Sequence[Figure | Bars | HeatMap] = ()
     samples: Sequence[Sample] = ()
     tables: Sequence[Table] = ()
+    length: int = 0
     adapter: tuple[Params, LoRAConfig] | None = None
 
 
@@ -244,21 +246,22 @@ class Context:
             state = train(loop, lambda: program.init(start()), program.state, step_fn or update, batches)
         finally:
             checkpoints.close()
-        return Trained(state.params, num_steps, time.monotonic() - began, num_steps * tokens)
+        return Trained(state.params, num_steps, time.monotonic() - began, num_steps * tokens, program.length)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training came to: the last parameters, steps, seconds of this process, tokens."""
+    """What training came to: the last parameters, steps, seconds of this process, tokens, and the length of a text."""
 
     params: Any
     steps: int
     seconds: float
     tokens: int
+    length: int
 
     def result(self, **fields: Any) -> Result:
         """The result of a stage that hands on these parameters, if `fields` names no others."""
-        own: dict[str, Any] = {"params": self.params, "steps": self.steps, "seconds": self.seconds, "tokens": self.tokens}
+        own: dict[str, Any] = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
         return Result(**own | fields)
 
 

@@ -48,6 +48,11 @@ class TrainProgram(Program):
     optimizer: optax.GradientTransformation
     state: TrainState
 
+    @property
+    def length(self) -> int:
+        """Tokens of the longest text of a batch: its arrays are [B, ..., T]."""
+        return max((one.shape[-1] for one in jax.tree.leaves(self.args[1]) if len(one.shape) > 1), default=0)
+
     def init(self, params: PyTree) -> TrainState:
         """The state at step 0 around `params`."""
         return init_state(params, self.optimizer, self.state)
