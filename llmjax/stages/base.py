@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from llmjax.config import fingerprint, is_config, to_dict
 from llmjax.data.base import Data, Splits, read_once
-from llmjax.data.loader import BatchSource
+from llmjax.data.loader import Batches, BatchSource
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.evals.answers import Answers
@@ -28,7 +28,7 @@ from llmjax.models.config import ModelConfig
 from llmjax.models.lora import LoRAConfig
 from llmjax.models.spec import abstract_params
 from llmjax.models.transformer import Params, transformer_spec
-from llmjax.results import PARAMS, Bars, Figure, HeatMap, Metric, Sample, Table, read_summary
+from llmjax.results import PARAMS, Bars, Figure, HeatMap, Metric, Sample, Source, Table, read_summary
 from llmjax.sharding import check_batch
 from llmjax.training import checkpoint
 from llmjax.training.checkpoint import Checkpoints
@@ -133,7 +133,8 @@ class Context:
     """An experiment in its working directory, as one of its stages sees it.
 
     name: of the stage. model: with the tokenizer's vocabulary. verbose: whether this process writes to the terminal.
-    shown: what was already said, so that it is said once. opened: the data that were already read, by their config.
+    shown: what was already said, so that it is said once. opened: the data that were already read, by their config. sources:
+    what stages are trained on. pause: called now and then while a stage trains, where it is between two steps.
     """
 
     experiment: Experiment
@@ -146,6 +147,8 @@ class Context:
     verbose: bool = True
     shown: set[str] = field(default_factory=set)
     opened: dict[str, Splits] = field(default_factory=dict)
+    sources: dict[str, tuple[Source, ...]] = field(default_factory=dict)
+    pause: Callable[[], None] | None = None
 
     def for_stage(self, name: str) -> Context:
         """The same for another stage."""
@@ -174,6 +177,12 @@ class Context:
         if splits.note:
             self.say(splits.note)
         return splits
+
+    def found(self, data: Data, sources: Sequence[Source]) -> None:
+        """Notes for the report what is in the data of this stage; data that it only asks about are passed over."""
+        stage: Any = self.experiment.stages.get(self.name)
+        if stage is not None and any(getattr(stage, one.name) == data for one in dataclasses.fields(stage)):
+            self.sources.setdefault(self.name, tuple(sources))
 
     def key(self, *purpose: str | int) -> jax.Array:
         """The random key of a purpose of this stage."""
@@ -236,7 +245,8 @@ class Context:
         loop = Loop(
             stage=self.name, num_steps=num_steps, key=self.key("step"), mesh=self.mesh, metrics=self.metrics,
             checkpoints=checkpoints, checkpoint_seconds=self.experiment.checkpoint_seconds, tokens_per_step=tokens,
-            flops_per_token=program.flops_per_token, hooks=hooks, shown=shown, verbose=self.verbose,
+            flops_per_token=program.flops_per_token, hooks=hooks, shown=shown, verbose=self.verbose, pause=self.pause,
+            passes=batches.passes if isinstance(batches, Batches) else {},
         )  # fmt: skip
 
         def update(state, batch, key):

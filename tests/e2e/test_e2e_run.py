@@ -166,7 +166,7 @@ def test_nothing_unfinished_is_left(finished):
     names = [str(path.relative_to(finished.workdir)) for path in finished.workdir.rglob("*")]
     assert not [name for name in names if re.search(r"(^|/)\.(?!config)|checkpoints|tmp", name)]  # TFDS has a .config
     assert {name for name in names if "/" not in name} == {
-        "config.json", "data", "metrics.jsonl", "report.html", "tokenizer", *program.STAGES
+        "config.json", "data", "metrics.jsonl", "report.html", "run.json", "tokenizer", *program.STAGES
     }  # fmt: skip
 
 
