@@ -42,7 +42,7 @@ def write_report(
         title=title,
         subtitle=sections.subtitle(run),
         status=_status(run) if going else "",
-        stages=tuple((run.title(stage), stage in run.summaries) for stage in run.stages),
+        stages=tuple((run.title(stage), _state(run, stage, going)) for stage in run.stages),
         cards=sections.cards(run),
         grids=tuple(tables.table_grid(table) for stage in run.stages for table in run.tables(stage)),
         sections=sections.run_sections(run),
@@ -77,7 +77,7 @@ def write_study_report(
         subtitle=f"{len(runs)} runs: {', '.join(names)}",
         status="",
         stages=tuple(
-            (stage, not any(stage in run.stages and stage not in run.summaries for run in runs))
+            (stage, "not yet" if any(stage in run.stages and stage not in run.summaries for run in runs) else "")
             for stage in tables.all_stages(runs)
         ),
         cards=sections.study_cards(runs),
@@ -91,6 +91,13 @@ def write_study_report(
                     if (workdir / name / "report.html").exists()),
     )
     return _write(page, workdir)
+
+
+def _state(run: Run, stage: str, going: bool) -> str:
+    """What keeps a stage from being complete; "" for nothing."""
+    if stage in run.summaries:
+        return ""
+    return "under way" if going and run.under_way is not None and run.under_way[0] == stage else "not yet"
 
 
 def _status(run: Run) -> str:

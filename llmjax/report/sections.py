@@ -57,7 +57,8 @@ class Detail:
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A whole report. `status`: of a run that goes on. `stages` are (label, complete), `links` (text, relative address)."""
+    """A whole report. `status`: of a run that goes on. `stages` are (label, what is missing, "" for nothing), `links` (text,
+    relative address)."""
 
     title: str
     subtitle: str

@@ -270,6 +270,7 @@ def test_report_of_a_run_that_goes_on(tmp_path):
         file.writelines(json.dumps(record) + "\n" for record in records("sft", steps=1235))
     _, text = check(render.write_report(tmp_path, "x", (), going=True))
     assert re.search(r" Still going on: as of [-\d]{10} \d\d:\d\d[+-]\d\d:\d\d, sft after step 1,234\. This page is", text)
+    assert "sft: under way" in text and "reward: not yet" in text
     assert "How to go on" not in text and "sft Has begun and is not complete. Optimizer steps 1,234 " in text
     _, text = check(render.write_report(make_workdir(tmp_path), "x"))
     assert "Still going on" not in text
