@@ -63,7 +63,7 @@ class Page:
     title: str
     subtitle: str
     status: str
-    stages: tuple[tuple[str, bool], ...]
+    stages: tuple[tuple[str, str], ...]
     cards: tuple[Card, ...]
     grids: tuple[tables.Grid, ...]
     sections: tuple[Section, ...]
