@@ -1,7 +1,7 @@
 """What a stage has to say when it is done: numbers with units, pictures, samples, tables. The terminal, the report and studies
-are drawn from this and know no stage.
+are drawn from this and know no stage. Beside that what is known of the run itself: how it was started, what its data hold.
 
-Plain data, kept as STAGE/result.json; imports no jax.
+Plain data, kept as STAGE/result.json and run.json; imports no jax.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from llmjax.config import from_dict, to_dict
 from llmjax.errors import UserError
 from llmjax.files import read_json, write_json_atomic
 
+RUN_FILE = "run.json"
 # What a completed stage leaves in its folder: this summary, what its model is, parameters, low-rank updates that are in them.
 RESULT_FILE, MODEL_FILE, PARAMS, ADAPTER = "result.json", "model.json", "params", "adapter"
 
@@ -131,6 +132,65 @@ class Summary:
         """The value of a metric, None if there is none of this name."""
         return next((metric.value for metric in self.metrics if metric.name == name), None)
 
+
+@dataclass(frozen=True)
+class Start:
+    """One start of a run.
+
+    date: ISO 8601. command: as it was typed. commit: of the git repository that the experiment's file lies in, with "-dirty"
+    where its files had changed since; "" outside of one. device: in words. versions: of what it was computed with, by name.
+    """
+
+    date: str
+    command: str = ""
+    commit: str = ""
+    device: str = ""
+    versions: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of the data that a stage is trained on.
+
+    name: in a mixture, else "". kind: of its records ("documents", "prompts", ...). records, tokens: to train on. num_bytes:
+    UTF-8 bytes of documents, 0 where they were not counted. held_out: records that are not trained on. truncated, dropped:
+    records that were cut to length, and left out. note: where they are from.
+    """
+
+    name: str
+    kind: str
+    records: int
+    tokens: int = 0
+    num_bytes: int = 0
+    held_out: int = 0
+    truncated: int = 0
+    dropped: int = 0
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class About:
+    """What run.json holds. vocab_size: of the tokenizer (0: not known). data: of each stage."""
+
+    starts: tuple[Start, ...] = ()
+    vocab_size: int = 0
+    data: dict[str, tuple[Source, ...]] = field(default_factory=dict)
+
+
+def write_about(workdir: str | os.PathLike, about: About) -> None:
+    """Writes `workdir`/run.json."""
+    write_json_atomic(os.path.join(workdir, RUN_FILE), to_dict(about))
+
+
+def read_about(workdir: str | os.PathLike) -> About:
+    """What `write_about` wrote; of a run without it nothing is known. Raises UserError for a broken file."""
+    path = os.path.join(workdir, RUN_FILE)
+    if not os.path.exists(path):
+        return About()
+    try:
+        return from_dict(About, read_json(path))
+    except (AttributeError, TypeError, UserError) as error:
+        raise UserError(f"{path}: not what is known of a run ({error}); restore the file or remove it") from error
 
 
 def write_summary(folder: str | os.PathLike, summary: Summary) -> None:

@@ -31,6 +31,12 @@ def count(value: float | None) -> str:
     return f"{value:,.0f}"
 
 
+def size(value: float | None) -> str:
+    """Bytes as "950 B", "12.3 kB" or "1.70 GB"."""
+    shown = count(value)
+    return shown if shown == MISSING else f"{shown}B" if " " in shown else f"{shown} B"
+
+
 def percent(value: float | None) -> str:
     """A fraction as "91.8 %"."""
     return f"{100 * value:.1f} %" if _there(value) else MISSING
@@ -64,13 +70,13 @@ def with_unit(text: str, unit: str) -> str:
     return text if text == MISSING or not unit else f"{text} {unit}"
 
 
-COUNTED = ("parameters", "tokens", "FLOPs", "documents", "examples", "prompts", "rankings", "steps")
+COUNTED = ("parameters", "tokens", "FLOPs", "documents", "examples", "dialogues", "prompts", "rankings", "steps")
 
 
 def text(value: float | None, unit: str, error: float | None = None) -> str:
     """A number with its unit, as people read it, and its standard error if there is one.
 
-    "%" and what begins with it shows a fraction as per cent; the units of COUNTED are counts; "s" is a duration.
+    "%" and what begins with it shows a fraction as per cent; the units of COUNTED are counts; "B" are bytes; "s" is a duration.
     """
     if not _there(value):
         return MISSING
@@ -79,6 +85,8 @@ def text(value: float | None, unit: str, error: float | None = None) -> str:
         return with_unit(shown, unit[1:].strip())
     if unit in COUNTED:
         return with_unit(count(value), unit)
+    if unit == "B":
+        return size(value)
     if unit == "s":
         return seconds(value)
     return with_unit(with_error(value, error), unit)

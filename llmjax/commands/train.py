@@ -42,6 +42,7 @@ def define_flags() -> flags.FlagValues:
 
 def run(argv: Sequence[str]) -> None:
     """The program, without the handling of errors."""
+    typed = shlex.join(["llmjax", *argv[1:]])
     argv, overrides = split_overrides(list(argv))
     values = define_flags()
     parse_flags(argv, values, USAGE)
@@ -64,18 +65,20 @@ def run(argv: Sequence[str]) -> None:
         return
     if not values.workdir:
         raise UserError("--workdir is missing; give a folder for this run, e.g. --workdir=runs/quickstart")
+    from llmjax.runs.start import this_start
     from llmjax.training.stopping import heeded
 
     with heeded(say=lambda text: print(text, file=sys.stderr, flush=True)):
         if isinstance(config, Study):
             from llmjax.runs.study import run_study
 
-            run_study(config, values.workdir)
+            run_study(config, values.workdir, this_start(typed, values.config))
         else:
             from llmjax.runs.pipeline import run_experiment
 
             changes = [f"--config.{path}={raw}" for path, raw in overrides]
-            run_experiment(config, values.workdir, shlex.join(["llmjax", f"--config={values.config}", *changes]))
+            command = shlex.join(["llmjax", f"--config={values.config}", *changes])
+            run_experiment(config, values.workdir, command, this_start(typed, values.config))
 
 
 def main() -> None:

@@ -7,7 +7,8 @@ not depend on their number, and a resume needs the step alone.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, TypeAlias
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -19,11 +20,23 @@ if TYPE_CHECKING:
 
 _PREFETCH = 4
 
-BatchSource: TypeAlias = "grain.MapDataset"
+
+@dataclass(frozen=True)
+class Batches:
+    """A data set of batches. passes: the share of each source that a step takes, by name ("" for the only one)."""
+
+    dataset: grain.MapDataset
+    passes: Mapping[str, float]
+
+    def __getitem__(self, steps: Any) -> Any:
+        return self.dataset[steps]
+
+
+BatchSource: TypeAlias = "grain.MapDataset | Batches"
 """`source[step]` is the batch of that step, arrays of equal first axis by name; any step, in any order."""
 
 
-def make_batches(rows: Rows, *, batch_size: int, seed: int, shuffle: bool = True) -> BatchSource:
+def make_batches(rows: Rows, *, batch_size: int, seed: int, shuffle: bool = True) -> Batches:
     """Endless training batches.
 
     The samples are taken epoch after epoch, each epoch in a fresh order that (seed, epoch) determines, every sample
@@ -36,17 +49,18 @@ def make_batches(rows: Rows, *, batch_size: int, seed: int, shuffle: bool = True
         shuffle: False keeps the order of the rows in every epoch.
 
     Returns:
-        A `BatchSource`: source[step] is {name: [batch_size, ...]}, a copy.
+        Batches: source[step] is {name: [batch_size, ...]}, a copy.
 
     Raises:
         UserError: there are fewer than batch_size samples (a batch would hold one twice), or batch_size is below 1.
     """
     check_enough(len(rows), batch_size)
     # Only row numbers pass through Grain one by one; the samples of a batch are gathered at once.
-    return _numbers(len(rows), seed, shuffle).batch(batch_size, batch_fn=np.asarray).map(lambda chosen: rows[chosen])
+    dataset = _numbers(len(rows), seed, shuffle).batch(batch_size, batch_fn=np.asarray).map(lambda chosen: rows[chosen])
+    return Batches(dataset, {"": batch_size / len(rows)})
 
 
-def mix_batches(parts: Mapping[str, tuple[Rows, float]], *, batch_size: int, seed: int) -> BatchSource:
+def mix_batches(parts: Mapping[str, tuple[Rows, float]], *, batch_size: int, seed: int) -> Batches:
     """Endless training batches of several sources, each row from one of them, in the proportions of their weights.
 
     parts: (rows, weight) by name. Each source is shuffled and repeated by itself as in `make_batches`; which source the n-th
@@ -76,7 +90,9 @@ def mix_batches(parts: Mapping[str, tuple[Rows, float]], *, batch_size: int, see
                 batch.setdefault(name, np.empty((len(chosen), *values.shape[1:]), values.dtype))[at] = values
         return batch
 
-    return mixed.batch(batch_size, batch_fn=np.asarray).map(gather)
+    whole = sum(weight for _, weight in parts.values())
+    passes = {name: batch_size * weight / whole / len(rows) for name, (rows, weight) in parts.items()}
+    return Batches(mixed.batch(batch_size, batch_fn=np.asarray).map(gather), passes)
 
 
 def _numbers(count: int, seed: int, shuffle: bool) -> grain.MapDataset:

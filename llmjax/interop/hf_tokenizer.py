@@ -50,7 +50,7 @@ def read_tokenizer(folder: str, model: Mapping[str, Any] | None = None) -> Token
         raise UserError(f"{folder}: tokenizer_config.json names no eos_token, so a model could not learn to stop")
     others = {name: token for name in OTHER_TOKENS if (token := _token(config.get(name))) is not None}
     controls = Controls(names["pad"] or eos, names["bos"] or eos, eos, eos, _stop_ids(folder, model or {}), others)
-    template = _template(folder, config)
+    template = _template(folder, config) or PLAIN_TEMPLATE
     try:
         tokenizer = Tokenizer(serialized, template, controls)
         turn = (Message("user", "hello"), Message("assistant", "hello"))
@@ -96,6 +96,11 @@ def _token(value: Any) -> str | None:
     return value["content"] if isinstance(value, dict) else value
 
 
+def has_chat_template(folder: str) -> bool:
+    """Whether the folder says how a dialogue is written; that of a base model says nothing."""
+    return bool(_template(folder, _optional_json(os.path.join(folder, "tokenizer_config.json"))))
+
+
 def _template(folder: str, config: dict[str, Any]) -> str:
     path = os.path.join(folder, "chat_template.jinja")
     if os.path.exists(path):
@@ -103,7 +108,7 @@ def _template(folder: str, config: dict[str, Any]) -> str:
     template = config.get("chat_template")
     if isinstance(template, list):  # several by name
         template = {entry["name"]: entry["template"] for entry in template}.get("default")
-    return template or PLAIN_TEMPLATE
+    return template or ""
 
 
 def _gpt2(folder: str) -> str:

@@ -1,10 +1,12 @@
 """Small figures as SVG that takes colours and font from the page around it: one figure serves light and dark.
 
 matplotlib draws with stand-in colours, which are then replaced by CSS variables: --ink, --muted, --grid, --s1 ... --s4.
-It is imported inside the functions only: nothing else of llmjax needs it.
+It is imported inside the functions only: nothing else of llmjax needs it. A figure that was drawn before is not drawn again:
+drawing is what a report takes its time for, and of a run that goes on many are written.
 """
 
 import dataclasses
+import functools
 import io
 import math
 import re
@@ -22,8 +24,8 @@ class Series:
     """One curve: `style` is "line", "dots" (a mark at each point) or "raw" (faint, with its running mean)."""
 
     label: str
-    x: Sequence[float]
-    y: Sequence[float]
+    x: tuple[float, ...]
+    y: tuple[float, ...]
     color: int = 0
     style: str = "line"
 
@@ -71,7 +73,8 @@ def running_mean(y: Sequence[float], width: int) -> list[float]:
     return [sum(window) / len(window) for window in windows]
 
 
-def line_plot(name: str, panels: Sequence[Panel], x_label: str = "optimizer step", log_x: bool = False) -> str:
+@functools.lru_cache(maxsize=256)
+def line_plot(name: str, panels: tuple[Panel, ...], x_label: str = "optimizer step", log_x: bool = False) -> str:
     """<svg> of panels under one another over a common x axis; `name` makes its ids unique within a page."""
     def draw(figure) -> None:
         axes = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
@@ -130,7 +133,8 @@ def _log_axis(axis) -> None:
     axis.xaxis.set_minor_formatter(NullFormatter())
 
 
-def bar_plot(name: str, bars: Sequence[Bar], y_label: str) -> str:
+@functools.lru_cache(maxsize=256)
+def bar_plot(name: str, bars: tuple[Bar, ...], y_label: str) -> str:
     """<svg> of vertical bars from zero, each with its value above it."""
     def draw(figure) -> None:
         axis = figure.subplots()
@@ -148,7 +152,10 @@ def bar_plot(name: str, bars: Sequence[Bar], y_label: str) -> str:
     return _render(name, 2.75, draw)
 
 
-def heat_map(name: str, values: Sequence[Sequence[float]], row_label: str, column_label: str, strongest: float) -> str:
+@functools.lru_cache(maxsize=256)
+def heat_map(
+    name: str, values: tuple[tuple[float, ...], ...], row_label: str, column_label: str, strongest: float
+) -> str:
     """Cells whose strength grows with the value up to `strongest`; values are written in when there are few.
 
     Args:

@@ -1,4 +1,4 @@
-"""What a run left in its workdir, read back: metrics.jsonl, STAGE/result.json, config.json; any may be absent."""
+"""What a run left in its workdir, read back: metrics.jsonl, STAGE/result.json, run.json, config.json; any may be absent."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ from typing import Any
 
 from llmjax import files
 from llmjax.errors import UserError
-from llmjax.results import RESULT_FILE, Summary, Table, read_summary
+from llmjax.results import RESULT_FILE, About, Summary, Table, read_about, read_summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Run:
         metrics: (stage, "train" | "eval") -> records {"step": int, name: float}, by step, one a step.
         summaries: stage -> what it came to, for the stages that are complete.
         config: the resolved experiment as JSON values, or None.
+        about: how it was started, and what its data hold.
     """
 
     name: str
@@ -31,12 +32,24 @@ class Run:
     metrics: dict[tuple[str, str], list[dict[str, Any]]]
     summaries: dict[str, Summary]
     config: dict[str, Any] | None
+    about: About = About()
 
     @property
     def stages(self) -> list[str]:
         """The stages of the experiment, in their order, then others that left something."""
-        planned = (self.config or {}).get("stages", {})
-        return list(dict.fromkeys([*planned, *(stage for stage, _ in self.metrics), *self.summaries]))
+        return list(dict.fromkeys([*self.planned, *(stage for stage, _ in self.metrics), *self.summaries]))
+
+    @property
+    def planned(self) -> list[str]:
+        """The stages of the experiment, in their order."""
+        return list((self.config or {}).get("stages", {}))
+
+    @property
+    def under_way(self) -> tuple[str, int] | None:
+        """The stage that has begun and is not complete, and its newest step; the last of them if there are several."""
+        begun = [(stage, rows[-1]["step"]) for (stage, kind), rows in self.metrics.items()
+                 if kind == "train" and stage not in self.summaries]  # fmt: skip
+        return max(begun, key=lambda one: self.stages.index(one[0]), default=None)
 
     def title(self, stage: str) -> str:
         """What people call a stage."""
@@ -70,6 +83,17 @@ class Run:
             return statistics.median(values)
         summary = self.summaries.get(stage)
         return summary.tokens / summary.seconds if summary and summary.seconds and summary.tokens else None
+
+    def mfu(self, stage: str) -> float | None:
+        """Model FLOPs utilisation, the median over training steps; None where the peak of the device is not known."""
+        values = self.curve(stage, "train", "mfu")[1]
+        return statistics.median(values) if values else None
+
+    def epochs(self, stage: str) -> dict[str, float]:
+        """How often a stage has gone through its data, by the name of the source ("" for the only one)."""
+        rows = self.metrics.get((stage, "train"), [])
+        names = [name for name in (rows[-1] if rows else ()) if name == "epoch" or name.startswith("epoch/")]
+        return {name.removeprefix("epoch").removeprefix("/"): rows[-1][name] for name in names}
 
     def is_sparse(self, stage: str) -> bool | None:
         """Whether tokens use only a part of the parameters; None where that is not known."""
@@ -112,6 +136,7 @@ def read_run(workdir: str | os.PathLike, name: str = "") -> Run:
         metrics=read_metrics(workdir / "metrics.jsonl"),
         summaries={stage: summary for stage, summary in found.items() if summary is not None},
         config=files.read_json(config) if config.exists() else None,
+        about=read_about(workdir),
     )
 
 

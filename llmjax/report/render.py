@@ -5,6 +5,7 @@ The pages' contents are plain dataclasses (`Page`, `Section`, ...), filled by `l
 only lays them out.
 """
 
+import datetime
 import importlib.resources
 import os
 import pathlib
@@ -20,14 +21,15 @@ _TEMPLATE = "report.html.jinja"
 
 
 def write_report(
-    workdir: str | os.PathLike, title: str, next_steps: Sequence[tuple[str, str]] | None = None
+    workdir: str | os.PathLike, title: str, next_steps: Sequence[tuple[str, str]] | None = None, going: bool = False
 ) -> pathlib.Path:
-    """Writes `workdir`/report.html from metrics.jsonl, <stage>/result.json and config.json; any may be absent.
+    """Writes `workdir`/report.html from metrics.jsonl, <stage>/result.json, run.json and config.json; any may be absent.
 
     Args:
         workdir: the run's folder.
         title: heading of the page.
         next_steps: (what it does, shell command) pairs for "How to go on"; None: those that suit what is there.
+        going: the run goes on; the page says so.
 
     Returns:
         The path of the report.
@@ -39,11 +41,12 @@ def write_report(
     page = Page(
         title=title,
         subtitle=sections.subtitle(run),
-        stages=tuple((run.title(stage), stage in run.summaries) for stage in run.stages),
+        status=_status(run) if going else "",
+        stages=tuple((run.title(stage), _state(run, stage, going)) for stage in run.stages),
         cards=sections.cards(run),
         grids=tuple(tables.table_grid(table) for stage in run.stages for table in run.tables(stage)),
         sections=sections.run_sections(run),
-        configs=sections.config_texts([run]),
+        details=sections.details([run]),
         next_steps=tuple(next_steps) if next_steps is not None else _next_steps(run),
     )
     return _write(page, run.workdir)
@@ -72,11 +75,15 @@ def write_study_report(
     page = Page(
         title=title,
         subtitle=f"{len(runs)} runs: {', '.join(names)}",
-        stages=tuple((stage, all(stage in run.summaries for run in runs)) for stage in tables.all_stages(runs)),
+        status="",
+        stages=tuple(
+            (stage, "not yet" if any(stage in run.stages and stage not in run.summaries for run in runs) else "")
+            for stage in tables.all_stages(runs)
+        ),
         cards=sections.study_cards(runs),
         grids=(tables.study_grid(runs),),
         sections=sections.study_sections(runs),
-        configs=sections.config_texts(runs),
+        details=sections.details(runs),
         next_steps=tuple(next_steps) if next_steps is not None else tuple(
             step for run in runs for step in _next_steps(run)[:1]
         ),
@@ -84,6 +91,19 @@ def write_study_report(
                     if (workdir / name / "report.html").exists()),
     )
     return _write(page, workdir)
+
+
+def _state(run: Run, stage: str, going: bool) -> str:
+    """What keeps a stage from being complete; "" for nothing."""
+    if stage in run.summaries:
+        return ""
+    return "under way" if going and run.under_way is not None and run.under_way[0] == stage else "not yet"
+
+
+def _status(run: Run) -> str:
+    now = datetime.datetime.now().astimezone().isoformat(" ", "minutes")
+    where = "" if run.under_way is None else f", {run.under_way[0]} after step {run.under_way[1]:,}"
+    return f"Still going on: as of {now}{where}. This page is written anew after each stage, and at evaluations within it."
 
 
 def _next_steps(run: Run) -> tuple[tuple[str, str], ...]:

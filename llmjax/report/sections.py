@@ -34,7 +34,7 @@ class Picture:
 
 @dataclasses.dataclass(frozen=True)
 class Section:
-    """One stage: a sentence, facts (label, value with unit), figures, samples."""
+    """One stage: a sentence, facts (label, value with unit), figures, samples; aside: figures for who looks for a fault."""
 
     name: str
     title: str
@@ -42,19 +42,32 @@ class Section:
     facts: tuple[tuple[str, str], ...] = ()
     figures: tuple[Picture, ...] = ()
     samples: tuple[Sample, ...] = ()
+    aside: tuple[Picture, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Detail:
+    """What is folded away at the end of the page: a table, facts (label, value), a text."""
+
+    title: str
+    grid: tables.Grid | None = None
+    facts: tuple[tuple[str, str], ...] = ()
+    text: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Page:
-    """A whole report. `stages` are (label, complete), `configs` (name, text), `links` (text, relative address)."""
+    """A whole report. `status`: of a run that goes on. `stages` are (label, what is missing, "" for nothing), `links` (text,
+    relative address)."""
 
     title: str
     subtitle: str
-    stages: tuple[tuple[str, bool], ...]
+    status: str
+    stages: tuple[tuple[str, str], ...]
     cards: tuple[Card, ...]
     grids: tuple[tables.Grid, ...]
     sections: tuple[Section, ...]
-    configs: tuple[tuple[str, str], ...]
+    details: tuple[Detail, ...]
     next_steps: tuple[tuple[str, str], ...]
     links: tuple[tuple[str, str], ...] = ()
 
@@ -133,16 +146,25 @@ def run_sections(run: Run) -> tuple[Section, ...]:
         if summary is None and not any(key[0] == stage for key in run.metrics):
             continue
         figures = summary.figures if summary else (BEGUN,)
-        drawn = [picture for i, figure in enumerate(figures) for picture in _draw([run], stage, figure, f"{stage}-{i}")]
+        drawn, aside = (
+            tuple(p for i, figure in enumerate(some) for p in _draw([run], stage, figure, f"{stage}-{name}{i}"))
+            for name, some in (("", figures), ("aside", ASIDE))
+        )
         made.append(Section(
             stage, run.title(stage), summary.lead if summary else "Has begun and is not complete.", _facts(run, stage),
-            tuple(drawn), summary.samples if summary else (),
+            drawn, summary.samples if summary else (), aside,
         ))  # fmt: skip
     return tuple(made)
 
 
 BEGUN = Figure("Loss", (Panel("loss", (Curve("loss", label="training"), Curve("loss", "eval", "held out"))),))
 """What is drawn of a stage that has not said yet what to draw."""
+
+ASIDE = (
+    Figure("Learning rate", (Panel("learning rate", (Curve("learning_rate"),), from_zero=True),)),
+    Figure("Gradient norm", (Panel("global norm, before clipping", (Curve("grad_norm"),), from_zero=True),)),
+)
+"""What is drawn of every stage for who looks for a fault."""
 
 
 def _facts(run: Run, stage: str) -> tuple[tuple[str, str], ...]:
@@ -154,12 +176,17 @@ def _facts(run: Run, stage: str) -> tuple[tuple[str, str], ...]:
         (m.baseline[0], units.text(m.baseline[1], m.unit)) for m in metrics
         if m.baseline and m.baseline[0].casefold() not in named
     ]  # fmt: skip
+    newest = run.metrics.get((stage, "train"), [{}])[-1].get("step")
     cost = [
-        ("Optimizer steps", units.count(summary.steps if summary else None)),
+        ("Optimizer steps", units.count(summary.steps if summary else newest)),
         ("Tokens", units.count(summary.tokens if summary else None)),
+        *((f"Data seen: {name}" if name else "Data seen", units.with_unit(units.number(value), "epochs"))
+          for name, value in run.epochs(stage).items()),
         ("Throughput", units.with_unit(units.count(run.throughput(stage)), "tokens/s")),
+        ("MFU", units.percent(run.mfu(stage))),
+        ("Peak memory of a device", units.size(run.last(stage, "peak_memory"))),
         ("Time", units.seconds(summary.seconds if summary else None)),
-    ]
+    ]  # fmt: skip
     return tuple(fact for fact in final + cost if fact[1] != units.MISSING)
 
 
@@ -168,8 +195,8 @@ def _draw(runs: Sequence[Run], stage: str, figure: Figure | Bars | HeatMap, name
     if isinstance(figure, HeatMap):
         return _draw_heat_map(runs[0], stage, figure, name)
     if isinstance(figure, Bars):
-        bars = [Bar(label, _scale(figure.unit) * value, faint=i < len(figure.bars) - 1)
-                for i, (label, value) in enumerate(figure.bars)]  # fmt: skip
+        bars = tuple(Bar(label, _scale(figure.unit) * value, faint=i < len(figure.bars) - 1)
+                     for i, (label, value) in enumerate(figure.bars))  # fmt: skip
         return [Picture(figure.title, bar_plot(name, bars, figure.unit), figure.caption)]
     panels = []
     for color, panel in enumerate(figure.panels):
@@ -180,7 +207,7 @@ def _draw(runs: Sequence[Run], stage: str, figure: Figure | Bars | HeatMap, name
                 drawn.append(_series(curve.label, curve, panel, steps, values, color + number))
         if drawn:
             panels.append(_panel(panel, drawn))
-    return [Picture(figure.title, line_plot(name, panels), figure.caption)] if panels else []
+    return [Picture(figure.title, line_plot(name, tuple(panels)), figure.caption)] if panels else []
 
 
 def _scale(unit: str) -> float:
@@ -188,8 +215,8 @@ def _scale(unit: str) -> float:
 
 
 def _series(label: str, curve: Curve, panel: Panel, steps: Sequence[float], values: Sequence[float], color: int) -> Series:
-    scaled = [_scale(panel.unit) * value for value in values]
-    return Series(label, steps, scaled, color, "dots" if curve.kind == "eval" else "raw")
+    scaled = tuple(_scale(panel.unit) * value for value in values)
+    return Series(label, tuple(steps), scaled, color, "dots" if curve.kind == "eval" else "raw")
 
 
 def _panel(panel: Panel, series: Sequence[Series]) -> PlotPanel:
@@ -202,9 +229,10 @@ def _draw_heat_map(run: Run, stage: str, figure: HeatMap, name: str) -> list[Pic
     tail = found[-max(1, len(found) // 10) :]
     if not tail:
         return []
-    mean = [
-        [len(row) * sum(table[i][j] for table in tail) / len(tail) for j in range(len(row))] for i, row in enumerate(tail[-1])
-    ]
+    mean = tuple(
+        tuple(len(row) * sum(table[i][j] for table in tail) / len(tail) for j in range(len(row)))
+        for i, row in enumerate(tail[-1])
+    )
     strongest = max(2.0, max(max(row) for row in mean))
     return [Picture(figure.title, heat_map(name, mean, figure.row, figure.column, strongest), figure.caption)]
 
@@ -243,7 +271,7 @@ def _overlaid(runs: Sequence[Run], stage: str, figure: Figure | Bars, name: str)
             if series and not (panel.from_zero and not any(value for *_, values in found for value in values)):
                 several = len(figure.panels) > 1 or len(panel.curves) > 1
                 title = f"{figure.title}: {curve.label or panel.unit}" if several else figure.title
-                pictures.append(Picture(title, line_plot(f"{name}-{i}-{j}", [_panel(panel, series)])))
+                pictures.append(Picture(title, line_plot(f"{name}-{i}-{j}", (_panel(panel, series),))))
     return pictures
 
 
@@ -256,21 +284,66 @@ def _overlaid_bars(runs: Sequence[Run], stage: str, figure: Bars, name: str) -> 
             last = i == len(own[0].bars) - 1
             bars.append(Bar(run.name if last else "", _scale(figure.unit) * value, color, faint=not last))
     labels = ", ".join(label for label, _ in figure.bars)
-    return [Picture(figure.title, bar_plot(name, bars, figure.unit), f"Of each run: {labels}.")] if bars else []
+    return [Picture(figure.title, bar_plot(name, tuple(bars), figure.unit), f"Of each run: {labels}.")] if bars else []
 
 
 def _flops_picture(runs: Sequence[Run], stage: str) -> list[Picture]:
     curves = [(run, *efficiency.flops_curve(run, stage)) for run in runs]
-    series = tuple(Series(run.name, x, y, color, "dots") for color, (run, x, y) in enumerate(curves) if x)
+    series = tuple(Series(run.name, tuple(x), tuple(y), color, "dots") for color, (run, x, y) in enumerate(curves) if x)
     if not series:
         return []
-    svg = line_plot(f"{stage}-flops", [PlotPanel("nats per token", series)], "training FLOPs (log scale)", log_x=True)
+    svg = line_plot(f"{stage}-flops", (PlotPanel("nats per token", series),), "training FLOPs (log scale)", log_x=True)
     return [Picture("Held-out loss by training FLOPs", svg,
                     "Where two curves are at one height, the left one is cheaper by the factor between them.")]  # fmt: skip
 
 
-def config_texts(runs: Sequence[Run]) -> tuple[tuple[str, str], ...]:
-    """(name, the resolved config as indented JSON) of each run that saved one."""
-    return tuple(
-        (run.name, json.dumps(run.config, indent=2, ensure_ascii=False)) for run in runs if run.config is not None
+# ---- details ----------------------------------------------------------------------------------------------------
+
+
+def details(runs: Sequence[Run]) -> tuple[Detail, ...]:
+    """Data, starts and config of each run, under its name where there are several."""
+    made = []
+    for run in runs:
+        which = f": {run.name}" if len(runs) > 1 else ""
+        about, facts = run.about, ()
+        grid = data_grid(run)
+        if about.vocab_size:
+            facts = (("Vocabulary of the tokenizer", units.text(about.vocab_size, "tokens")),)
+        if grid or facts:
+            made.append(Detail(f"Data and tokenizer{which}", grid, facts))
+        if about.starts:
+            lines = "\n".join(f"{start.date}  {start.command}" for start in about.starts)
+            made.append(Detail(f"Command, device, versions{which}", None, _start_facts(run), lines))
+        if run.config is not None:
+            made.append(Detail(f"Resolved config{which}", text=json.dumps(run.config, indent=2, ensure_ascii=False)))
+    return tuple(made)
+
+
+def _start_facts(run: Run) -> tuple[tuple[str, str], ...]:
+    """Of the last start."""
+    last = run.about.starts[-1]
+    commit = [("Commit of the experiment", last.commit)] if last.commit else []
+    return (("Device", last.device), *commit, *last.versions.items())
+
+
+def data_grid(run: Run) -> tables.Grid | None:
+    """What stages were trained on, one row a source; a column that would be empty is left out. None if nothing is known."""
+    columns = ("Held out", "Text", "Tokens", "Bytes per token", "Cut to length", "Left out", "From")
+    rows = []
+    for stage in [stage for stage in run.stages if stage in run.about.data]:
+        for source in run.about.data[stage]:
+            per_token = source.num_bytes / source.tokens if source.num_bytes and source.tokens else None
+            cells = (
+                units.count(source.held_out or None), units.size(source.num_bytes or None), units.count(source.tokens or None),
+                units.number(per_token), units.count(source.truncated or None), units.count(source.dropped or None),
+                source.note or units.MISSING,
+            )  # fmt: skip
+            rows.append((run.title(stage), source.name, units.text(source.records, source.kind), cells))
+    if not rows:
+        return None
+    kept = [i for i in range(len(columns)) if any(cells[i] != units.MISSING for *_, cells in rows)]
+    heads = ("", "To train on", *(columns[i] for i in kept))
+    lines = (
+        (f"{title}: {name}" if name else title, records, *(cells[i] for i in kept)) for title, name, records, cells in rows
     )
+    return tables.Grid("What was trained on", heads, tuple(("", line) for line in lines))

@@ -16,13 +16,14 @@ from llmjax.errors import UserError
 from llmjax.files import read_json, write_json_atomic
 from llmjax.interop import hf_folder
 from llmjax.interop.hf_config import model_config
-from llmjax.interop.hf_tokenizer import read_tokenizer
+from llmjax.interop.hf_tokenizer import has_chat_template, read_tokenizer
 from llmjax.models.config import ModelConfig
 from llmjax.models.lora import LoRAConfig, lora_spec
 from llmjax.models.spec import abstract_params
 from llmjax.models.transformer import Params, transformer_spec
 from llmjax.results import ADAPTER, MODEL_FILE, PARAMS, RESULT_FILE
 from llmjax.runs.workdir import CONFIG, TOKENIZER
+from llmjax.stages.base import HF
 from llmjax.training import checkpoint
 
 # What stands beside the weights of a Hugging Face folder and says how text becomes tokens and ends.
@@ -38,8 +39,9 @@ class LanguageModel:
 
     load: load(dtype) gives the parameters. dtype: that of the numbers in the folder. tokenizer: gives its tokenizer. raw: the
     config.json of the Hugging Face folder that it comes from, None for a model that began here. beside: tokenizer files.
-    lora: gives the low-rank updates that are in a stage's parameters, their config and the folder of the model that they
-    were added to; None for other models.
+    chats: whether it has learnt to answer; a base model has not. length: of the longest texts that it was trained on, in
+    tokens; 0 where that is not known. lora: gives the low-rank updates that are in a stage's parameters, their config and the
+    folder of the model that they were added to; None for other models.
     """
 
     cfg: ModelConfig
@@ -48,18 +50,22 @@ class LanguageModel:
     tokenizer: Callable[[], Tokenizer]
     raw: dict[str, Any] | None
     beside: list[str]
+    chats: bool
+    length: int
     lora: Callable[[], tuple[Params, LoRAConfig, str]] | None = None
 
 
 def write_model_file(
-    folder: str, kind: str, cfg: ModelConfig, hf_source: str | None, adapter: LoRAConfig | None = None
+    folder: str, kind: str, cfg: ModelConfig, hf_source: str | None, adapter: LoRAConfig | None = None, *,
+    chats: bool, length: int,
 ) -> None:
     """Writes `folder`/model.json: what the parameters in this folder of a stage are, for `open_model`.
 
-    kind: "language" or "scalar". hf_source: the Hugging Face folder that the experiment's model comes from.
+    kind: "language" or "scalar". hf_source: the Hugging Face folder that the experiment's model comes from. chats, length: as
+    in `LanguageModel`.
     """
     source = {"folder": hf_source, "config": hf_folder.read_config(hf_source)[1]} if hf_source else None
-    about = {"kind": kind, "dtype": "float32", "model": to_dict(cfg), "source": source}
+    about = {"kind": kind, "dtype": "float32", "model": to_dict(cfg), "source": source, "chats": chats, "length": length}
     lora = {"lora": to_dict(adapter)} if adapter is not None else {}
     write_json_atomic(os.path.join(folder, MODEL_FILE), about | lora)
 
@@ -84,7 +90,9 @@ def open_model(folder: str) -> LanguageModel:
     def load(dtype: str) -> Params:
         return hf_folder.load_params(folder, cfg, raw["model_type"], dtype=dtype)
 
-    return LanguageModel(cfg, load, cfg.dtype, lambda: read_tokenizer(folder), raw, _beside(folder))
+    return LanguageModel(
+        cfg, load, cfg.dtype, lambda: read_tokenizer(folder), raw, _beside(folder), has_chat_template(folder), _longest(raw)
+    )
 
 
 def _open_saved(folder: str) -> LanguageModel:
@@ -118,8 +126,22 @@ def _open_saved(folder: str) -> LanguageModel:
     return LanguageModel(
         cfg, lambda dtype: load(PARAMS, transformer_spec(cfg), dtype), about["dtype"],
         lambda: Tokenizer.load(tokens) if of_stage else read_tokenizer(tokens, raw), raw, _beside(tokens),
+        about.get("chats", True) if of_stage else has_chat_template(folder),
+        about.get("length", 0) if of_stage else _longest(raw),
         updates if lora is not None else None,
     )  # fmt: skip
+
+
+def _longest(raw: dict[str, Any]) -> int:
+    """The length that a config.json names."""
+    return int(raw.get("max_position_embeddings") or 0)
+
+
+def trained_length(workdir: str, source: str) -> int:
+    """`LanguageModel.length` of what a stage starts from: a finished stage of the run, or "hf:FOLDER"."""
+    if source.startswith(HF):
+        return _longest(hf_folder.read_config(source.removeprefix(HF))[1])
+    return _about(os.path.join(workdir, source)).get("length", 0)
 
 
 def open_stage(workdir: str, stage: str = "") -> tuple[str, LanguageModel]:

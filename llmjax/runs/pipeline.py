@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -22,8 +23,9 @@ from llmjax.models.transformer import transformer_spec
 from llmjax.report.read import read_run
 from llmjax.report.render import write_report
 from llmjax.report.tables import table_grid, to_rich
-from llmjax.results import ADAPTER, PARAMS, Summary, write_summary
-from llmjax.runs.models import write_model_file
+from llmjax.results import ADAPTER, PARAMS, Start, Summary, read_about, write_about, write_summary
+from llmjax.runs.models import trained_length, write_model_file
+from llmjax.runs.start import this_start
 from llmjax.runs.workdir import CONFIG, TOKENIZER, check_workdir, in_use
 from llmjax.sharding import MeshConfig, make_mesh, use_mesh
 from llmjax.stages.base import Context, Result
@@ -35,10 +37,14 @@ from llmjax.units import text
 VIRTUAL_MESHES = (MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2), MeshConfig(data=2))  # to try on one machine
 
 
-def run_experiment(experiment: Experiment, workdir: str, command: str) -> None:
-    """Runs every stage of `experiment` that `workdir` does not yet hold complete, then writes report.html.
+REPORT_SECONDS, REPORT_SHARE = 60.0, 0.02  # between two reports within a stage at least; and of the time at most
 
-    command: the command line without --workdir, for the lines that say how to go on. Raises UserError, before anything
+
+def run_experiment(experiment: Experiment, workdir: str, command: str, start: Start | None = None) -> None:
+    """Runs every stage of `experiment` that `workdir` does not yet hold complete; report.html is written again and again.
+
+    command: the command line without --workdir, for the lines that say how to go on. start: for the report; None for that of a
+    program which calls this. Raises UserError, before anything
     is written, when there are too few devices, when `workdir` cannot be used or was made by another config, and for data that
     cannot be read.
     """
@@ -46,7 +52,7 @@ def run_experiment(experiment: Experiment, workdir: str, command: str) -> None:
     check(experiment, workdir)
     opened = read_data(experiment, workdir)
     with in_use(workdir):
-        complete(experiment, workdir, opened)
+        complete(experiment, workdir, opened, start or this_start(command))
         if jax.process_index() == 0:
             conclude(experiment, workdir, _variations(experiment, workdir, command))
 
@@ -168,8 +174,8 @@ def _documents(experiment: Experiment, place: _Shelf) -> Iterator[str]:
         yield from place.read(source).train
 
 
-def complete(experiment: Experiment, workdir: str, opened: dict[str, Splits]) -> None:
-    """Prepares the data of all stages that are not complete, then runs these one after another."""
+def complete(experiment: Experiment, workdir: str, opened: dict[str, Splits], start: Start) -> None:
+    """Prepares the data of all stages that are not complete, then runs these one after another, with a report of each."""
     verbose = jax.process_index() == 0
     if verbose:
         stages = ", ".join(experiment.stages)
@@ -179,17 +185,51 @@ def complete(experiment: Experiment, workdir: str, opened: dict[str, Splits]) ->
     try:
         with use_mesh(make_mesh(experiment.mesh)):
             shared = open_context(experiment, workdir, metrics, verbose, opened)
-            contexts = [shared.for_stage(name) for name in experiment.stages]
-            for context in contexts:
-                if not context.is_complete(context.name):
-                    experiment.stages[context.name].prepare(context)
+            report = _Report(shared, start)
+            contexts = [replace(shared, name=name, pause=report.now_and_then) for name in experiment.stages]
+            begun = [context for context in contexts if not context.is_complete(context.name)]
+            for context in begun:
+                experiment.stages[context.name].prepare(context)
+            if begun:
+                report.note()
             for context in contexts:
                 if context.is_complete(context.name):
                     context.say("complete already")
                 else:
                     _hand_on(context, experiment.stages[context.name].run(context))
+                    report.write()
     finally:
         metrics.close()
+
+
+class _Report:
+    """run.json and report.html of a run that goes on, by its first process."""
+
+    def __init__(self, context: Context, start: Start):
+        about = read_about(context.workdir)
+        self._context = context
+        self._about = replace(about, starts=(*about.starts, start), vocab_size=context.tokenizer.vocab_size)
+        self._due = time.monotonic() + REPORT_SECONDS
+
+    def note(self) -> None:
+        """Writes run.json."""
+        if self._context.verbose:
+            write_about(self._context.workdir, replace(self._about, data=self._about.data | self._context.sources))
+
+    def write(self) -> None:
+        """Writes both, with the stages that are complete and the one that is under way."""
+        if not self._context.verbose:
+            return
+        began = time.monotonic()
+        self.note()
+        write_report(self._context.workdir, self._context.experiment.name, next_steps=(), going=True)
+        now = time.monotonic()
+        self._due = now + max(REPORT_SECONDS, (now - began) / REPORT_SHARE)
+
+    def now_and_then(self) -> None:
+        """`write`, if it is time again."""
+        if time.monotonic() >= self._due:
+            self.write()
 
 
 def _hand_on(context: Context, result: Result) -> None:
@@ -209,7 +249,11 @@ def _hand_on(context: Context, result: Result) -> None:
     if jax.process_index() == 0:
         hf_source = next(iter(context.experiment.hf_folders), None)
         if stage.makes != "nothing":
-            write_model_file(context.path(), stage.makes, context.model, hf_source, lora)
+            before = [trained_length(context.workdir, link.source) for link in stage.inputs() if link.makes == "language"]
+            length = max([result.length, *before])
+            write_model_file(
+                context.path(), stage.makes, context.model, hf_source, lora, chats=stage.chats, length=length
+            )
         write_summary(context.path(), summary)
         checkpoint.delete(context.path("checkpoints"))
     context.say(f"complete in {result.seconds:.0f} s")
@@ -238,13 +282,15 @@ def _told(summary: Summary) -> str:
 
 
 def conclude(experiment: Experiment, workdir: str, steps: Sequence[tuple[str, str]] = ()) -> None:
-    """Tables, report, and what to do next: to chat, if a model has learnt to, and `steps` (what it does, command)."""
+    """Tables, report, and what to do next: to chat, or to let a base model go on, and `steps` (what it does, command)."""
     run = read_run(workdir)
     for stage in experiment.stages:
         for table in run.tables(stage):
             Console().print(to_rich(table_grid(table)))
-    if any(stage.makes == "language" and stage.chats for stage in experiment.stages.values()):
-        steps = [("chat with it", f"llmjax-chat --workdir={shlex.quote(workdir)}"), *steps]
+    models = [stage for stage in experiment.stages.values() if stage.makes == "language"]
+    if models:
+        what = "chat with it" if models[-1].chats else "let it go on with a text"
+        steps = [(what, f"llmjax-chat --workdir={shlex.quote(workdir)}"), *steps]
     path = write_report(workdir, experiment.name, next_steps=steps)
     print(f"report    {path}")
     for what, command in steps:

@@ -12,13 +12,16 @@ from rich.console import Console
 from llmjax.report.read import read_run
 from llmjax.report.render import write_study_report
 from llmjax.report.tables import study_table
+from llmjax.results import Start
 from llmjax.runs.pipeline import check, complete, conclude, read_data, with_own_model
+from llmjax.runs.start import this_start
 from llmjax.runs.workdir import in_use
 from llmjax.stages.experiment import Study
 
 
-def run_study(study: Study, workdir: str) -> None:
-    """Runs the experiments of a study, each in workdir/NAME, and sets them side by side. All are checked first."""
+def run_study(study: Study, workdir: str, start: Start | None = None) -> None:
+    """Runs the experiments of a study, each in workdir/NAME, and sets them side by side. All are checked first. start: for the
+    reports; None for that of a program which calls this."""
     runs = {name: os.path.join(workdir, name) for name in study.experiments}
     study = replace(study, experiments={name: with_own_model(one) for name, one in study.experiments.items()})
     for name, experiment in study.experiments.items():
@@ -27,7 +30,7 @@ def run_study(study: Study, workdir: str) -> None:
     with in_use(workdir):
         for name, experiment in study.experiments.items():
             with in_use(runs[name]):
-                complete(experiment, runs[name], opened.pop(name))
+                complete(experiment, runs[name], opened.pop(name), start or this_start(""))
                 if jax.process_index() == 0:
                     conclude(experiment, runs[name])
         if jax.process_index() == 0:

@@ -19,7 +19,7 @@ from jax.sharding import Mesh
 
 from llmjax.config import fingerprint, is_config, to_dict
 from llmjax.data.base import Data, Splits, read_once
-from llmjax.data.loader import BatchSource
+from llmjax.data.loader import Batches, BatchSource
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.evals.answers import Answers
@@ -28,7 +28,7 @@ from llmjax.models.config import ModelConfig
 from llmjax.models.lora import LoRAConfig
 from llmjax.models.spec import abstract_params
 from llmjax.models.transformer import Params, transformer_spec
-from llmjax.results import PARAMS, Bars, Figure, HeatMap, Metric, Sample, Table, read_summary
+from llmjax.results import PARAMS, Bars, Figure, HeatMap, Metric, Sample, Source, Table, read_summary
 from llmjax.sharding import check_batch
 from llmjax.training import checkpoint
 from llmjax.training.checkpoint import Checkpoints
@@ -56,8 +56,9 @@ class Input(NamedTuple):
 class Result:
     """What a stage hands on.
 
-    params: of the model that it made, None for a stage that makes nothing. steps, seconds, tokens: of training. adapter:
-    low-rank updates that are merged in params, with their config. The rest is for people: see `llmjax.results`.
+    params: of the model that it made, None for a stage that makes nothing. steps, seconds, tokens: of training. length: of the
+    texts that it was trained on, in tokens (0: not known). adapter: low-rank updates that are merged in params, with their
+    config. The rest is for people: see `llmjax.results`.
     """
 
     params: Any
@@ -68,6 +69,7 @@ class Result:
     figures: Sequence[Figure | Bars | HeatMap] = ()
     samples: Sequence[Sample] = ()
     tables: Sequence[Table] = ()
+    length: int = 0
     adapter: tuple[Params, LoRAConfig] | None = None
 
 
@@ -131,7 +133,8 @@ class Context:
     """An experiment in its working directory, as one of its stages sees it.
 
     name: of the stage. model: with the tokenizer's vocabulary. verbose: whether this process writes to the terminal.
-    shown: what was already said, so that it is said once. opened: the data that were already read, by their config.
+    shown: what was already said, so that it is said once. opened: the data that were already read, by their config. sources:
+    what stages are trained on. pause: called now and then while a stage trains, where it is between two steps.
     """
 
     experiment: Experiment
@@ -144,6 +147,8 @@ class Context:
     verbose: bool = True
     shown: set[str] = field(default_factory=set)
     opened: dict[str, Splits] = field(default_factory=dict)
+    sources: dict[str, tuple[Source, ...]] = field(default_factory=dict)
+    pause: Callable[[], None] | None = None
 
     def for_stage(self, name: str) -> Context:
         """The same for another stage."""
@@ -172,6 +177,12 @@ class Context:
         if splits.note:
             self.say(splits.note)
         return splits
+
+    def found(self, data: Data, sources: Sequence[Source]) -> None:
+        """Notes for the report what is in the data of this stage; data that it only asks about are passed over."""
+        stage: Any = self.experiment.stages.get(self.name)
+        if stage is not None and any(getattr(stage, one.name) == data for one in dataclasses.fields(stage)):
+            self.sources.setdefault(self.name, tuple(sources))
 
     def key(self, *purpose: str | int) -> jax.Array:
         """The random key of a purpose of this stage."""
@@ -234,7 +245,8 @@ class Context:
         loop = Loop(
             stage=self.name, num_steps=num_steps, key=self.key("step"), mesh=self.mesh, metrics=self.metrics,
             checkpoints=checkpoints, checkpoint_seconds=self.experiment.checkpoint_seconds, tokens_per_step=tokens,
-            flops_per_token=program.flops_per_token, hooks=hooks, shown=shown, verbose=self.verbose,
+            flops_per_token=program.flops_per_token, hooks=hooks, shown=shown, verbose=self.verbose, pause=self.pause,
+            passes=batches.passes if isinstance(batches, Batches) else {},
         )  # fmt: skip
 
         def update(state, batch, key):
@@ -244,21 +256,22 @@ class Context:
             state = train(loop, lambda: program.init(start()), program.state, step_fn or update, batches)
         finally:
             checkpoints.close()
-        return Trained(state.params, num_steps, time.monotonic() - began, num_steps * tokens)
+        return Trained(state.params, num_steps, time.monotonic() - began, num_steps * tokens, program.length)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What training came to: the last parameters, steps, seconds of this process, tokens."""
+    """What training came to: the last parameters, steps, seconds of this process, tokens, and the length of a text."""
 
     params: Any
     steps: int
     seconds: float
     tokens: int
+    length: int
 
     def result(self, **fields: Any) -> Result:
         """The result of a stage that hands on these parameters, if `fields` names no others."""
-        own: dict[str, Any] = {"params": self.params, "steps": self.steps, "seconds": self.seconds, "tokens": self.tokens}
+        own: dict[str, Any] = {one.name: getattr(self, one.name) for one in dataclasses.fields(self)}
         return Result(**own | fields)
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from llmjax.data.base import Data, check_kind
+from llmjax.data.base import Data, check_kind, plural
 from llmjax.data.loader import check_enough
 from llmjax.data.packing import ExampleRows, Rows, StreamRows, clip_example, left_pad
 from llmjax.data.records import Completion, Dialogue, Message, Prompt, Ranking
@@ -23,6 +23,7 @@ from llmjax.data.template import encode_chat
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
 from llmjax.files import read_json, write_json_atomic
+from llmjax.results import Source
 from llmjax.stages.base import Context
 
 ENCODE_CHARS, ENCODE_DOCUMENTS = 2**22, 4096  # of text tokenised at once
@@ -72,7 +73,7 @@ def dialogue_rows(context: Context, data: Data, length: int) -> Parts:
 
 def _parts(context: Context, data: Data, kind: str, record: type, key: tuple, blocks, rows, masked: bool) -> Parts:
     check_kind(f"{context.name}.data", data, record)
-    train, held_out, notes = {}, {}, []
+    train, held_out, notes, sources = {}, {}, [], []
     for name, (source, weight) in data.parts().items():
         folder = context.cache_path(kind, source, *key)
         splits, note = _prepared(context, source, folder, blocks, masked)
@@ -81,6 +82,12 @@ def _parts(context: Context, data: Data, kind: str, record: type, key: tuple, bl
             if split != "train":
                 held_out.setdefault(split, {})[name] = rows(shards)
         notes += [f"{name + ': ' if name else ''}{line}" for line in (note, *_counted(splits["train"])) if line]
+        counts, others = splits["train"].counts, [_records(one) for split, one in splits.items() if split != "train"]
+        sources.append(Source(
+            name, plural(record), _records(splits["train"]), len(splits["train"]), counts["bytes"], sum(others),
+            counts["truncated"], counts["dropped"], note,
+        ))  # fmt: skip
+    context.found(data, sources)
     return Parts(train, held_out, notes)
 
 
@@ -97,6 +104,11 @@ def _prepared(context: Context, source: Data, folder: str, blocks, masked: bool)
         write_json_atomic(index, {"held_out": list(found.held_out), "note": found.note})
     about = read_json(index)
     return {split: Shards(os.path.join(folder, split)) for split in ("train", *about["held_out"])}, about["note"]
+
+
+def _records(shards: Shards) -> int:
+    """Documents, or dialogues that were kept."""
+    return shards.counts["documents"] + shards.counts["kept"]
 
 
 def _progress(context: Context, split: str) -> Callable[[int], None]:
@@ -132,7 +144,7 @@ def encode_text(tokenizer: Tokenizer, documents: Iterable[str], skip: int = 0) -
     bos, eos = [tokenizer.bos_id], [tokenizer.eos_id] if tokenizer.eos_id != tokenizer.bos_id else []
     texts: list[str] = []
     edges: list[tuple[bool, bool]] = []  # whether a text begins, and whether it ends, a document
-    begins, chars, consumed = True, 0, 0
+    begins, chars, num_bytes, consumed = True, 0, 0, 0
 
     def block() -> Block:
         flat: list[int] = []
@@ -143,7 +155,7 @@ def encode_text(tokenizer: Tokenizer, documents: Iterable[str], skip: int = 0) -
             flat += bos + ids if first else ids
             flat += eos if last else []
             number += last
-        return Block(np.array(flat, np.int32), consumed, counts={"documents": number})
+        return Block(np.array(flat, np.int32), consumed, counts={"documents": number, "bytes": num_bytes})
 
     for number, text in enumerate(documents):
         first, begins = begins, not isinstance(text, Piece)
@@ -156,9 +168,10 @@ def encode_text(tokenizer: Tokenizer, documents: Iterable[str], skip: int = 0) -
             edges.append((first, last))
             first = False
             chars += len(piece)
+            num_bytes += len(piece.encode("utf-8", "surrogatepass"))
         if chars >= ENCODE_CHARS or len(texts) >= ENCODE_DOCUMENTS:
             yield block()
-            texts, edges, chars, consumed = [], [], 0, 0
+            texts, edges, chars, num_bytes, consumed = [], [], 0, 0, 0
     if texts:
         yield block()
 
@@ -221,6 +234,7 @@ class PromptSet(Sequence[Prompt]):
         self._shards = Shards(os.path.join(folder, "tokens"))
         self._stops = np.cumsum(self._shards.lengths())
         self.left_out = self._shards.counts.get("dropped", 0)
+        self.num_tokens = len(self._shards)
 
     def __len__(self) -> int:
         return len(self._store)
@@ -261,7 +275,12 @@ def prompt_sets(context: Context, data: Data, length: int) -> dict[str, PromptSe
         for split, prompts in {"train": found.train, **found.held_out}.items():
             _write_prompts(context, prompts, length, os.path.join(folder, split), split)
         write_json_atomic(index, {"held_out": list(found.held_out), "note": found.note})
-    sets = {split: PromptSet(os.path.join(folder, split)) for split in ("train", *read_json(index)["held_out"])}
+    about = read_json(index)
+    sets = {split: PromptSet(os.path.join(folder, split)) for split in ("train", *about["held_out"])}
+    train, others = sets["train"], [len(prompts) for split, prompts in sets.items() if split != "train"]
+    context.found(data, [
+        Source("", "prompts", len(train), train.num_tokens, 0, sum(others), dropped=train.left_out, note=about["note"])
+    ])  # fmt: skip
     for split, prompts in sets.items():
         if prompts.left_out:
             context.say(f"{prompts.left_out:,} {split} prompts of more than prompt_length={length} tokens are left out")
@@ -405,7 +424,11 @@ def ranking_rows(context: Context, data: Data, length: int) -> tuple[dict[str, R
     about = read_json(index)
     splits = ("train", *about["held_out"])
     rows = {s: RankingRows(os.path.join(folder, s), length, context.tokenizer.pad_id, about["k"]) for s in splits}
-    counts = Shards(os.path.join(folder, "train", "tokens")).counts
+    shards = Shards(os.path.join(folder, "train", "tokens"))
+    counts, others = shards.counts, [len(part) for split, part in rows.items() if split != "train"]
+    context.found(data, [
+        Source("", "rankings", len(rows["train"]), len(shards), 0, sum(others), dropped=counts["dropped"], note=about["note"])
+    ])  # fmt: skip
     notes = [about["note"]] if about["note"] else []
     if counts.get("dropped") or counts.get("answers_dropped"):
         notes.append(

@@ -34,6 +34,11 @@ def peak_flops(num_devices: int) -> float:
     return max(known, default=0.0) * num_devices
 
 
+def peak_memory() -> float:
+    """The most bytes that a device of this process has held since it began; 0 where devices do not tell (CPU)."""
+    return float(max((device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()))
+
+
 def _measured_cpu_flops(size: int = 1024, rounds: int = 8) -> float:
     a = jnp.ones((size, size), jnp.float32)
     product = jax.jit(lambda a: a @ a)

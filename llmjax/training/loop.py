@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ from llmjax.runtime import give_back_memory
 from llmjax.sharding import put_batch
 from llmjax.training import stopping
 from llmjax.training.checkpoint import Checkpoints, to_host
-from llmjax.training.hardware import peak_flops
+from llmjax.training.hardware import peak_flops, peak_memory
 from llmjax.training.metrics import MetricsLog
 from llmjax.training.progress import Progress
 from llmjax.training.state import TrainState
@@ -42,7 +42,8 @@ class Loop:
     tokens_per_step and flops_per_token give tokens/s and MFU (0: not shown). checkpoint_seconds: between two saves.
     log_every: steps between two rows of metrics.jsonl. hooks: at an evaluation the arrays among the metrics of the step are
     logged too, and at the last step; at other steps only the scalars are. shown: what the progress line says beside the
-    loss, (metric, how it is written) as in ("kl", "KL {:.2f} nats").
+    loss, (metric, how it is written) as in ("kl", "KL {:.2f} nats"). passes: of the data in a step, as `Batches` has them;
+    logged as epoch, and epoch/NAME in a mixture. pause: called after evaluations and saves, when all rows are written.
     """
 
     stage: str
@@ -58,6 +59,8 @@ class Loop:
     hooks: Sequence[Hook] = ()
     shown: Sequence[tuple[str, str]] = ()
     verbose: bool = True
+    passes: Mapping[str, float] = field(default_factory=dict)
+    pause: Callable[[], None] | None = None
 
     def evaluates(self, step: int) -> bool:
         """Whether a hook is due after `step` steps, or they are the last."""
@@ -99,6 +102,8 @@ def train(
                 report.flush()
                 loop.checkpoints.save(step + 1, state)
                 saved_at = time.monotonic()
+            if (due or loop.evaluates(step + 1)) and step + 1 < loop.num_steps and not request.signal:
+                report.pause()
             if request.signal:
                 loop.checkpoints.wait()
                 words = f"{loop.stage}: stopped by {request.signal} and saved after step {step + 1}"
@@ -153,6 +158,9 @@ class _Reporter:
                 f"--config.{self._loop.stage}.optimizer.learning_rate"
             )
         values |= self._throughput()
+        values |= {f"epoch/{name}".rstrip("/"): step * share for name, share in self._loop.passes.items()}
+        if self._loop.evaluates(step) and (peak := peak_memory()):
+            values["peak_memory"] = peak
         if step % self._loop.log_every == 0 or step == self._loop.num_steps:
             self._loop.metrics.write(self._loop.stage, step, "train", values)
         self._progress.update(step, values)
@@ -173,6 +181,11 @@ class _Reporter:
         if values:
             self._loop.metrics.write(self._loop.stage, step, "eval", values)
         self._last = time.monotonic()
+
+    def pause(self) -> None:
+        if self._loop.pause is not None:
+            self._loop.pause()
+            self._last = time.monotonic()
 
     def close(self) -> None:
         self._progress.close()

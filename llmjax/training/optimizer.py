@@ -47,6 +47,11 @@ def learning_rate_schedule(cfg: OptimizerConfig, num_steps: int) -> optax.Schedu
     return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup), decay], [warmup])
 
 
+def updates_made(opt_state: Any) -> jax.Array:
+    """How many updates an optimizer of `make_optimizer` has made, scalar int32."""
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
+
+
 def make_optimizer(cfg: OptimizerConfig, num_steps: int, specs: Any, apart: bool = False) -> optax.GradientTransformation:
     """The Optax chain for parameters with these `specs`: clip by global norm, AdamW; decay on leaves with fan-in only.
 

@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.sharding import BATCH_AXES
-from llmjax.training.optimizer import OptimizerConfig, make_optimizer
+from llmjax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer, updates_made
 from llmjax.training.state import LossFn, TrainState, abstract_state, init_state, make_train_step
 
 PyTree = Any
@@ -48,6 +48,11 @@ class TrainProgram(Program):
     optimizer: optax.GradientTransformation
     state: TrainState
 
+    @property
+    def length(self) -> int:
+        """Tokens of the longest text of a batch: its arrays are [B, ..., T]."""
+        return max((one.shape[-1] for one in jax.tree.leaves(self.args[1]) if len(one.shape) > 1), default=0)
+
     def init(self, params: PyTree) -> TrainState:
         """The state at step 0 around `params`."""
         return init_state(params, self.optimizer, self.state)
@@ -75,7 +80,8 @@ def train_program(
     tx = make_optimizer(optimizer, num_updates, specs, apart)
     state = abstract_state(specs, tx, mesh)
     key = jax.eval_shape(jax.random.key, 0)
-    step = make_train_step(loss_fn, tx, state, after)
+    schedule = learning_rate_schedule(optimizer, num_updates)
+    step = make_train_step(loss_fn, tx, state, after, lambda opt_state: jnp.asarray(schedule(updates_made(opt_state))))
     return TrainProgram(step, (state, dict(batch), key, *frozen), tokens, flops_per_token, specs, tx, state)
 
 

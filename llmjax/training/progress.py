@@ -33,6 +33,7 @@ class Progress:
         if enabled and sys.stdout.isatty():
             self._live = Live(console=Console(), refresh_per_second=8, transient=False)
             self._live.start()
+            self._live.update(Text(f"{stage:<9} compiling the first step"))
 
     def update(self, step: int, values: dict[str, float]) -> None:
         """values: what to show beside the step, already computed on the host."""

@@ -61,11 +61,13 @@ def make_train_step(
     tx: optax.GradientTransformation,
     abstract: TrainState,
     after: Callable[[PyTree, dict[str, Array]], PyTree] | None = None,
+    learning_rate: Callable[[PyTree], Array] | None = None,
 ):
     """(state, batch, key, *frozen) -> (state, metrics), compiled; the old state is donated.
 
     metrics: what the loss reports, and grad_norm: the global norm of the gradient before clipping. after(params, metrics)
-    -> params is called once behind the optimizer's update, for what moves by no gradient.
+    -> params is called once behind the optimizer's update, for what moves by no gradient. learning_rate(opt_state) is reported
+    too.
     """
     places = jax.tree.map(lambda x: x.sharding, abstract)
 
@@ -75,6 +77,8 @@ def make_train_step(
         params = optax.apply_updates(state.params, updates)
         params = params if after is None else after(params, metrics)
         metrics = metrics | {"grad_norm": optax.tree.norm(grads)}
+        if learning_rate is not None:
+            metrics["learning_rate"] = learning_rate(state.opt_state)
         return TrainState(state.step + 1, params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(places, None))

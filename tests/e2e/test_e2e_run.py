@@ -108,7 +108,8 @@ def test_models(finished, experiment):
         about = json.loads((finished.workdir / stage / "model.json").read_text(encoding="utf-8"))
         model = to_dict(experiment.model) | {"vocab_size": 1024}
         kind = "scalar" if stage == "reward" else "language"
-        assert about == {"kind": kind, "dtype": "float32", "model": model, "source": None}
+        learnt = {"chats": stage != "pretrain", "length": 64}  # that of pre-training, the longest
+        assert about == {"kind": kind, "dtype": "float32", "model": model, "source": None} | learnt
         assert not damage(finished.workdir / stage / "params")
     assert models_of(str(finished.workdir)) == ["pretrain", "sft", "ppo"]
 
@@ -185,7 +186,7 @@ def test_nothing_unfinished_is_left(finished):
     names = [str(path.relative_to(finished.workdir)) for path in finished.workdir.rglob("*")]
     assert not [name for name in names if re.search(r"(^|/)\.(?!config)|checkpoints|tmp", name)]  # TFDS has a .config
     assert {name for name in names if "/" not in name} == {
-        "config.json", "data", "metrics.jsonl", "report.html", "tokenizer", *program.ALL_STAGES
+        "config.json", "data", "metrics.jsonl", "report.html", "run.json", "tokenizer", *program.ALL_STAGES
     }  # fmt: skip
 
 

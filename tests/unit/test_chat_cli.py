@@ -1,8 +1,10 @@
 """llmjax-chat: mistakes are one line; the conversation is led, shown piece by piece, and begun anew."""
 
 import dataclasses
+import json
 import os
 import pathlib
+import sys
 
 import jax
 import pytest
@@ -26,11 +28,11 @@ def _leave_this_process_alone(monkeypatch):
     monkeypatch.setenv("LLMJAX_KEEP_MEMORY", "0")
 
 
-def add_stage(folder: pathlib.Path, name: str, seed: int = 0, kind: str = "language") -> None:
+def add_stage(folder: pathlib.Path, name: str, seed: int = 0, kind: str = "language", **about) -> None:
     """What a complete stage leaves: an untrained model and what it is."""
     params = tiny.language_model(CFG, seed) if kind == "language" else tiny.scalar_model(CFG, seed)
     save_params(str(folder / name / "params"), params)
-    about = {"kind": kind, "dtype": "float32", "model": to_dict(CFG), "source": None}
+    about = {"kind": kind, "dtype": "float32", "model": to_dict(CFG), "source": None} | about
     write_json_atomic(folder / name / "model.json", about)
     write_summary(folder / name, Summary(name))
 
@@ -192,18 +194,160 @@ def test_the_answer_ends_at_any_of_the_stop_tokens(workdir, monkeypatch):
     names = {talk.tokenizer.decode([i]) for i in seen["stop_ids"]}
     assert names == {"<|end|>", "<|endoftext|>"}
 
+
+def said(monkeypatch, text: str, *, prompts: list | None = None, stop_after: int | None = None) -> None:
+    """Every model writes `text`, a token a byte; Ctrl-C comes in place of token `stop_after`."""
+
+    def stream(params, tokens, key, **options):
+        if prompts is not None:
+            prompts.append(tokens)
+        for number, byte in enumerate(text.encode()):
+            if number == stop_after:
+                raise KeyboardInterrupt
+            yield 6 + byte
+
+    monkeypatch.setattr("llmjax.generation.decode.stream", stream)
+
+
+def type_in(monkeypatch, *lines) -> None:
+    """What is typed at the prompt, line by line; an exception is raised in its place."""
+    typed = iter(lines)
+
+    def read(prompt):
+        line = next(typed)
+        if isinstance(line, str):
+            return line
+        raise line
+
+    monkeypatch.setattr("builtins.input", read)
+
+
+# ---- base models --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def base_model(tmp_path_factory) -> pathlib.Path:
+    folder = make_run(tmp_path_factory.mktemp("base"))
+    add_stage(folder, "text", chats=False, length=20)
+    return folder
+
+
+def test_a_base_model_goes_on_with_the_text(base_model, capsys, monkeypatch):
+    prompts: list[list[int]] = []
+    said(monkeypatch, " there was", prompts=prompts)
+    type_in(monkeypatch, "Once é", "/new", "")
+    chat.run(["llmjax-chat", f"--workdir={base_model}"])
+    first, *answers = capsys.readouterr().out.splitlines()
+    assert first == (f"the text model of {base_model}, a base model: it goes on with your text, each line by itself; "
+                     "Ctrl-C stops an answer, an empty line ends the program")  # fmt: skip
+    assert answers == [" there was"] * 2  # with the space that it begins with
+    bos = 1
+    assert prompts == [[bos, *(6 + byte for byte in text.encode())] for text in ("Once é", "/new")]
+
+
+@pytest.mark.parametrize(("flags", "plain"), [([], True), (["--plain"], True), (["--noplain"], False)])
+def test_plain_or_not_can_be_said(base_model, capsys, monkeypatch, flags, plain):
+    prompts: list[list[int]] = []
+    said(monkeypatch, "x", prompts=prompts)
+    chat.run(["llmjax-chat", f"--workdir={base_model}", "--message=Once", *flags])
+    text = Tokenizer.load(base_model / "tokenizer").decode(prompts[0])
+    assert text == ("<|endoftext|>Once" if plain else "<|endoftext|><|user|>Once<|end|><|assistant|>")
+
+
+def test_a_folder_without_a_chat_template_holds_a_base_model(workdir, tmp_path):
+    """And so does the checkpoint that is made of it."""
+    folder, checkpoint = tmp_path / "hf", tmp_path / "ours"
+    convert.run(["llmjax-convert", f"--source={workdir / 'teach'}", f"--target={folder}"])
+    assert open_model(str(folder)).chats
+    os.remove(folder / "chat_template.jinja")
+    config = json.loads((folder / "config.json").read_text())
+    write_json_atomic(folder / "config.json", config | {"max_position_embeddings": 77})
+    convert.run(["llmjax-convert", f"--source={folder}", f"--target={checkpoint}"])
+    for place in (folder, checkpoint):
+        model = open_model(str(place))
+        assert not model.chats and model.length == 77 and chat.Chat(model).plain
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    write_json_atomic(folder / "tokenizer_config.json", config | {"chat_template": "{{ messages[0].content }}"})
+    assert open_model(str(folder)).chats
+
+
+# ---- the terminal -------------------------------------------------------------------------------------------------
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_program(workdir, capsys, monkeypatch):
+    said(monkeypatch, "so it was", stop_after=2)
+    talk = chat.Chat(open_model(str(workdir / "teach")))
+    type_in(monkeypatch, "hello", "again", KeyboardInterrupt())
+    chat._converse(talk)
+    assert capsys.readouterr().out == "so ... stopped\n" * 2 + "\n"
+    assert [(m.role, m.content) for m in talk.messages] == [
+        ("user", "hello"), ("assistant", "so"), ("user", "again"), ("assistant", "so")
+    ]  # fmt: skip
+
+
+def test_a_message_whose_answer_is_stopped_before_it_begins_is_forgotten(workdir, monkeypatch):
+    said(monkeypatch, "yes", stop_after=0)
+    talk = chat.Chat(open_model(str(workdir / "teach")))
+    type_in(monkeypatch, "hello", "")
+    chat._converse(talk)
+    assert talk.messages == []
+
+
+@pytest.mark.parametrize("end", [KeyboardInterrupt(), EOFError()])
+def test_ctrl_c_and_ctrl_d_at_the_prompt_end_quietly(workdir, capsys, monkeypatch, end):
+    type_in(monkeypatch, end)
+    base.call(chat.run, ["llmjax-chat", f"--workdir={workdir}"])  # no SystemExit
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") == 2 and captured.err == ""
+
+
+def test_the_prompt_has_line_editing_and_a_history(workdir, monkeypatch):
+    pytest.importorskip("readline")
+    monkeypatch.delitem(sys.modules, "readline")
+    type_in(monkeypatch, "")
+    chat._converse(chat.Chat(open_model(str(workdir / "teach"))))
+    assert "readline" in sys.modules
+
+
+def test_a_context_beyond_the_length_of_training_is_said_once(base_model, capsys, monkeypatch):
+    said(monkeypatch, "twelve bytes")
+    lines = ["1234567", "12345678", "12345678", ""]
+    type_in(monkeypatch, *lines)
+    chat.run(["llmjax-chat", f"--workdir={base_model}"])
+    _, *answers = capsys.readouterr().out.splitlines()
+    word = "(21 tokens, and the model was trained on 20 at most: it reads all of them, but may write worse)"
+    assert answers == ["twelve bytes", "twelve bytes", word, "twelve bytes"]  # 1 + 7 + 12 tokens are 20
+
+
+def test_a_dialogue_grows_beyond_it_too(tmp_path, capsys, monkeypatch):
+    add_stage(make_run(tmp_path), "text", length=23)
+    said(monkeypatch, "yes")
+    type_in(monkeypatch, "hello", "hello", "")
+    chat.run(["llmjax-chat", f"--workdir={tmp_path}"])
+    _, *answers = capsys.readouterr().out.splitlines()
+    word = "(24 tokens, and the model was trained on 23 at most: it reads all of them, but may write worse"
+    assert answers == ["yes", "yes", f"{word}; /new starts a new dialogue)"]
+
+
+def test_a_terminal_is_told_while_the_first_answer_is_compiled(workdir, capsys, monkeypatch):
+    said(monkeypatch, "yes")
+    talk = chat.Chat(open_model(str(workdir / "teach")))
+    type_in(monkeypatch, "hello", "hello", "")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    chat._converse(talk)
+    captured = capsys.readouterr()
+    assert captured.out == "yes\n" * 2
+    word = chat.COMPILING
+    assert captured.err == f"{word}\r{' ' * len(word)}\r"  # gone when the answer begins
+
+
+# ---- a conversation -----------------------------------------------------------------------------------------------
+
+
 def test_conversation(capsys, workdir, monkeypatch):
-    typed = iter(["hello", "/new", "hello", ""])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(typed))
+    type_in(monkeypatch, "hello", "/new", "hello", "")
     greeting, *answers = answer_of(capsys, workdir).split("\n", 1)
-    assert greeting.startswith(f"the teach model of {workdir}; an empty line ends the chat")
+    assert greeting.startswith(f"the teach model of {workdir}; Ctrl-C stops an answer, an empty line ends the program, /new")
     one = answer_of(capsys, workdir, "--message=hello")
     assert answers == [one * 2]  # a new dialogue is answered as the first was
 
-
-def test_end_of_input_ends_the_conversation(capsys, workdir, monkeypatch):
-    def closed(prompt):
-        raise EOFError
-
-    monkeypatch.setattr("builtins.input", closed)
-    assert answer_of(capsys, workdir).count("\n") == 1

@@ -164,6 +164,14 @@ def test_a_mixture_may_have_fewer_rows_than_a_batch_but_not_none():
         mix_batches({"large": (LARGE, 1.0), "none": (numbered(0, 0), 1.0)}, batch_size=4, seed=0)
 
 
+def test_the_share_of_the_rows_that_a_step_takes_is_known():
+    assert make_batches(LARGE, batch_size=8, seed=0).passes == {"": 8 / 60}
+    source = mix_batches({"large": (LARGE, 3.0), "small": (SMALL, 1.0)}, batch_size=8, seed=3)
+    assert source.passes == {"large": 6 / 60, "small": 2 / 7}
+    small = mixed(source, range(70))
+    assert (small >= 100).sum() == 70 * source.passes["small"] * 7
+
+
 def test_a_mixture_refuses_a_batch_of_nothing():
     with pytest.raises(UserError, match="batch_size=0"):
         mix_batches({"large": (LARGE, 1.0), "small": (SMALL, 1.0)}, batch_size=0, seed=0)

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import types
 
 import grain
 import jax
@@ -42,10 +43,10 @@ def batches(make, stop_at: int | None = None):
 def run(folder, start, abstract, step_fn, source, **fields):
     """`train` in `folder`, as a fresh process would. start: makes the first state."""
     metrics = MetricsLog(os.path.join(folder, "metrics.jsonl"))
-    checkpoints = Checkpoints(os.path.join(folder, "checkpoints"))
+    checkpoints = Checkpoints(os.path.join(folder, fields.get("stage", ""), "checkpoints"))
     loop = Loop(
-        stage="sft", key=jax.random.key(7), mesh=None, metrics=metrics, checkpoints=checkpoints, verbose=False,
-        **dict(num_steps=NUM_STEPS, checkpoint_seconds=0.0) | fields,
+        key=jax.random.key(7), mesh=None, metrics=metrics, checkpoints=checkpoints, verbose=False,
+        **dict(stage="sft", num_steps=NUM_STEPS, checkpoint_seconds=0.0) | fields,
     )  # fmt: skip
     try:
         return train(loop, start, abstract, step_fn, source)
@@ -277,6 +278,44 @@ def test_throughput_is_logged_only_when_asked_for(tmp_path):
         rates = [row.get("tokens_per_second") for row in rows_of(tmp_path / name)]
         assert rates[0] is None  # mostly compilation
         assert all((rate is not None and rate > 0) == bool(fields) for rate in rates[1:])
+
+
+def test_passes_over_the_data_are_logged(tmp_path):
+    start, abstract, step_fn, _ = counter()
+    run(tmp_path, start, abstract, step_fn, batches(numbers), passes={"": 0.5})
+    assert [row["epoch"] for row in rows_of(tmp_path)] == [0.5 * step for step in range(1, NUM_STEPS + 1)]
+    run(tmp_path, start, abstract, step_fn, batches(numbers), stage="mixed", passes={"web": 0.25, "code": 2.0})
+    last = rows_of(tmp_path)[-1]
+    assert (last["epoch/web"], last["epoch/code"]) == (0.25 * NUM_STEPS, 2.0 * NUM_STEPS) and "epoch" not in last
+
+
+def test_a_report_has_its_pause_after_evaluations_and_saves_with_all_rows_written(tmp_path):
+    start, abstract, step_fn, _ = counter()
+    seen = []
+
+    def pause():
+        seen.append([(row["step"], row["kind"]) for row in rows_of(tmp_path)][-2:])
+
+    run(tmp_path, start, abstract, step_fn, batches(numbers), checkpoint_seconds=1e9, pause=pause,
+        hooks=[Hook(3, lambda step, state: {"held_out": 1.0})])  # fmt: skip
+    assert seen == [[(step, "train"), (step, "eval")] for step in (3, 6)]  # after the last step the stage is soon complete
+    seen.clear()
+    (tmp_path / "metrics.jsonl").unlink()
+    run(tmp_path, start, abstract, step_fn, batches(numbers), stage="other", pause=pause)
+    assert [rows[-1] for rows in seen] == [(step, "train") for step in range(1, NUM_STEPS)]
+
+
+def test_the_peak_of_memory_is_logged_at_evaluations_where_devices_tell(tmp_path, monkeypatch):
+    start, abstract, step_fn, _ = counter()
+    hooks = [Hook(3, lambda step, state: None)]
+    run(tmp_path, start, abstract, step_fn, batches(numbers), hooks=hooks)
+    assert all("peak_memory" not in row for row in rows_of(tmp_path))  # a CPU does not
+    devices = [types.SimpleNamespace(memory_stats=lambda peak=peak: {"peak_bytes_in_use": peak}) for peak in (7, 9, 8)]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    run(tmp_path, start, abstract, step_fn, batches(numbers), stage="gpu", hooks=hooks)
+    assert {row["step"]: row.get("peak_memory") for row in rows_of(tmp_path) if row["stage"] == "gpu"} == {
+        step: 9.0 if step in (3, 6, NUM_STEPS) else None for step in range(1, NUM_STEPS + 1)
+    }
 
 
 @pytest.mark.parametrize("loss", [np.nan, np.inf])

@@ -14,7 +14,22 @@ import rich.console
 from llmjax import units
 from llmjax.errors import UserError
 from llmjax.report import plots, read, render, sections, tables
-from llmjax.results import Bars, Curve, Figure, HeatMap, Metric, Panel, Sample, Summary, Table, write_summary
+from llmjax.results import (
+    About,
+    Bars,
+    Curve,
+    Figure,
+    HeatMap,
+    Metric,
+    Panel,
+    Sample,
+    Source,
+    Start,
+    Summary,
+    Table,
+    write_about,
+    write_summary,
+)
 
 # Names and titles of stages, which the report knows from their summaries alone.
 STAGES = {"pretrain": "Pre-training", "sft": "SFT", "reward": "Reward model", "polish": "Polishing"}
@@ -35,8 +50,9 @@ def records(stage, moe=False, steps=40, level=0.0):
             continue
         record = base | {
             "loss": 3.5 * math.exp(-3 * t) + 0.9 + 0.05 * math.sin(7 * step) + level, "grad_norm": 1.0, "mfu": 0.2,
-            "tokens_per_second": 12000 + 300 * math.sin(step), "learning_rate": 1e-3,
+            "tokens_per_second": 12000 + 300 * math.sin(step), "learning_rate": 1e-3, "peak_memory": 2.5e9,
         }
+        record |= {"epoch/web": 0.01 * step, "epoch/code": 0.1 * step} if stage == "pretrain" else {"epoch": 0.05 * step}
         record |= {"accuracy": 0.5 + 0.35 * t} if stage == "reward" else {}
         if moe:
             record |= {"moe/entropy": 1.8, "moe/max_load": 1.6, "moe/dropped": 0.0}
@@ -194,7 +210,7 @@ def test_report_of_a_whole_run(tmp_path, moe):
     assert path == tmp_path / "run" / "report.html"
     checker, text = check(path)
     assert text.count(SCRIPT) >= 4  # shown as text, not run
-    assert checker.tags.count("svg") == (13 if moe else 11)
+    assert checker.tags.count("svg") == (13 if moe else 11) + 6  # learning rate and gradient norm, folded away, of three stages
     for shown in (
         "Pre-training: held-out text 1.12 bits/byte 5-gram baseline 1.61 bits/byte: 30 % lower",
         "SFT: follows instructions 93.0 ± 1.6 % before 7.0 %: +86 points",
@@ -203,7 +219,9 @@ def test_report_of_a_whole_run(tmp_path, moe):
         "Time, all stages 4 min 45 s", "run · 4 min 45 s in all · 2.56 M tokens · config ",
         "What sft is about.", "Optimizer steps 400", "Throughput 12.0 k tokens/s", "Accuracy on new prompts 80.0 % of pairs",
         "chance 50.0 % of pairs", "Once upon a time there was a fox.", "gold 0.9", "What is watched.", "Resolved config",
-        "sft 0.550 ± 0.015 51.0 ± 3.0 % 0", "llmjax-chat --workdir=",
+        "sft 0.550 ± 0.015 51.0 ± 3.0 % 0", "llmjax-chat --workdir=", "MFU 20.0 %", "Peak memory of a device 2.50 GB",
+        "Data seen 1.95 epochs", "Data seen: web 0.390 epochs Data seen: code 3.90 epochs",
+        "Learning rate, Gradient norm Learning rate", "global norm, before clipping",
     ):  # fmt: skip
         assert shown in text, shown
     assert "0.123" not in text  # what has no label is kept for programs
@@ -243,6 +261,64 @@ def test_report_of_a_stage_that_has_only_begun(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps({"stage": "climb"} | row) + "\n" for row in rows))
     checker, text = check(render.write_report(tmp_path, "Begun"))
     assert "climb: not yet" in text and "Has begun and is not complete." in text and checker.tags.count("svg") == 1
+    assert "Optimizer steps 1 " in text
+
+
+def test_report_of_a_run_that_goes_on(tmp_path):
+    make_workdir(tmp_path, ("pretrain",))
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records("sft", steps=1235))
+    _, text = check(render.write_report(tmp_path, "x", (), going=True))
+    assert re.search(r" Still going on: as of [-\d]{10} \d\d:\d\d[+-]\d\d:\d\d, sft after step 1,234\. This page is", text)
+    assert "sft: under way" in text and "reward: not yet" in text
+    assert "How to go on" not in text and "sft Has begun and is not complete. Optimizer steps 1,234 " in text
+    _, text = check(render.write_report(make_workdir(tmp_path), "x"))
+    assert "Still going on" not in text
+
+
+def test_what_was_drawn_before_is_not_drawn_again(tmp_path, monkeypatch):
+    """A run writes its report many times."""
+    make_workdir(tmp_path, ("pretrain", "sft"), moe=True)
+    page = render.write_report(tmp_path, "x").read_text()
+    monkeypatch.setattr(plots, "_render", lambda *args: pytest.fail("drawn again"))
+    assert render.write_report(tmp_path, "x").read_text() == page
+
+
+ABOUT = About(
+    (
+        Start("2026-11-27 10:00:00+01:00", "llmjax --config=a.py"),
+        Start("2026-11-28 10:00:00+01:00", f"llmjax --config=a.py # {SCRIPT}", "0123456789ab-dirty", "8 × H100",
+              {"python": "3.11.9", "jax": "0.10.1"}),
+    ),
+    1024,
+    {
+        "pretrain": (
+            Source("web", "documents", 12_345, 2_000_000, 6_400_000, 600, note="12,945 documents of web.jsonl"),
+            Source("code", "documents", 7, 500),
+        ),
+        "sft": (Source("", "dialogues", 180, 9000, truncated=12, dropped=3),),
+    },
+)  # fmt: skip
+
+
+def test_data_commands_and_versions_are_folded_away_at_the_end(tmp_path):
+    workdir = make_workdir(tmp_path / "run", ("pretrain",))
+    write_about(workdir, ABOUT)
+    checker, text = check(render.write_report(workdir, "x"))
+    assert checker.tags.count("details") == 4  # the aside figures, data, command, config
+    details = text.partition(" Details ")[2]
+    for shown in (
+        "Held out Text Tokens Bytes per token Cut to length Left out From",
+        "Pre-training: web 12.3 k documents 600 6.40 MB 2.00 M 3.20 – – 12,945 documents of web.jsonl",
+        "Pre-training: code 7 documents – – 500 – – – –", "sft 180 dialogues – – 9,000 – 12 3 –",
+        "Vocabulary of the tokenizer 1,024 tokens", "Device 8 × H100 Commit of the experiment 0123456789ab-dirty",
+        "python 3.11.9 jax 0.10.1 2026-11-27 10:00:00+01:00 llmjax --config=a.py 2026-11-28", SCRIPT,
+    ):  # fmt: skip
+        assert shown in details, shown
+    few = About(data={"sft": ABOUT.data["sft"]})
+    write_about(workdir, few)
+    _, text = check(render.write_report(workdir, "x"))
+    assert "To train on Tokens Cut to length Left out sft 180 dialogues 9,000 12 3 Resolved config" in text
 
 
 def test_next_steps_may_be_given(tmp_path):
@@ -285,6 +361,17 @@ def test_study_report_of_runs_at_different_stages(tmp_path):
     assert "pretrain: not yet" in text  # in one of the two
 
 
+def test_study_waits_for_no_stage_that_an_experiment_does_not_have(tmp_path):
+    """One of the two ends with SFT."""
+    make_workdir(tmp_path / "dense")
+    make_workdir(tmp_path / "moe", ("pretrain", "sft"))
+    write_about(tmp_path / "moe", ABOUT)
+    (tmp_path / "moe" / "config.json").write_text('{"stages": {"pretrain": {}, "sft": {}}}')
+    _, text = check(render.write_study_report(tmp_path, ["dense", "moe"]))
+    assert "not yet" not in text and text.count("✓") == 4
+    assert "Data and tokenizer: moe" in text and "Resolved config: dense" in text
+
+
 def test_broken_inputs_are_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         render.write_report(tmp_path / "none", "x")
@@ -324,7 +411,7 @@ def test_expert_loads_are_multiples_of_uniform_in_numeric_order(tmp_path, monkey
     (section,) = sections.run_sections(read.read_run(tmp_path))
     assert [figure.title for figure in section.figures] == ["Expert load"]
     ((values, row_label, column_label, strongest),) = drawn
-    assert values == [pytest.approx([2.0 if j == 10 else 0.0 for j in range(16)])]
+    assert values == (pytest.approx([2.0 if j == 10 else 0.0 for j in range(16)]),)
     assert (row_label, column_label, strongest) == ("layer", "expert", 2.0)
 
 
@@ -365,7 +452,7 @@ def test_study_table_for_the_terminal(tmp_path):
     (0.5, "% of pairs", 0.02, "50.0 ± 2.0 % of pairs"), (1.23e6, "parameters", None, "1.23 M parameters"),
     (8192, "tokens", None, "8,192 tokens"), (290, "s", None, "4 min 50 s"), (0.72, "", 0.02, "0.720 ± 0.020"),
     (1.5, "nats per answer", 0.25, "1.50 ± 0.25 nats per answer"), (None, "tokens", None, "–"),
-    (float("nan"), "%", 0.1, "–"),
+    (float("nan"), "%", 0.1, "–"), (2.5e9, "B", None, "2.50 GB"), (180, "dialogues", None, "180 dialogues"),
 ])  # fmt: skip
 def test_numbers_with_their_units(value, unit, error, expected):
     assert units.text(value, unit, error) == expected
@@ -378,7 +465,8 @@ def test_numbers_with_their_units(value, unit, error, expected):
     (units.number(float("nan")), "–"), (units.number(-8.7), "-8.70"), (units.number(9.996), "10.0"),
     (units.count(950), "950"), (units.count(12345), "12.3 k"), (units.count(6.1e6), "6.10 M"),
     (units.count(1.7e9), "1.70 G"), (units.count(2.01e12), "2.01 T"), (units.count(3.8e22), "38.0 Z"),
-    (units.percent(0.918), "91.8 %"), (units.seconds(8.2), "8.2 s"),
+    (units.percent(0.918), "91.8 %"), (units.seconds(8.2), "8.2 s"), (units.size(950), "950 B"), (units.size(12345), "12.3 kB"),
+    (units.size(1.7e9), "1.70 GB"), (units.size(None), "–"),
     (units.seconds(290), "4 min 50 s"), (units.seconds(7500), "2 h 05 min"), (units.seconds(3599.7), "1 h 00 min"),
     (units.with_error(0.8123, 0.011), "0.812 ± 0.011"), (units.with_error(12.3, 1.5), "12.3 ± 1.5"),
     (units.with_error(1.0, None), "1.00"), (units.with_unit("–", "s"), "–"),
@@ -403,8 +491,9 @@ def test_running_mean_is_centred():
 
 def test_plots_are_reproducible_and_escape_labels():
     def draw():
-        series = (plots.Series(SCRIPT, [0, 1], [1.0, 2.0]), plots.Series("b", [0, 1], [2.0, 1.0], 1))
-        return plots.line_plot("same", [plots.Panel("nats", series)])
+        series = (plots.Series(SCRIPT, (0, 1), (1.0, 2.0)), plots.Series("b", (0, 1), (2.0, 1.0), 1))
+        plots.line_plot.cache_clear()
+        return plots.line_plot("same", (plots.Panel("nats", series),))
 
     assert draw() == draw()
     assert "<script>" not in draw() and "$a_1$" in draw()

@@ -9,6 +9,7 @@ import pytest
 
 from llmjax.errors import UserError
 from llmjax.results import (
+    About,
     Bars,
     Curve,
     Figure,
@@ -16,9 +17,13 @@ from llmjax.results import (
     Metric,
     Panel,
     Sample,
+    Source,
+    Start,
     Summary,
     Table,
+    read_about,
     read_summary,
+    write_about,
     write_summary,
 )
 
@@ -123,6 +128,25 @@ def test_a_summary_that_cannot_be_written_leaves_the_stage_incomplete(tmp_path):
     with pytest.raises((ValueError, TypeError)):
         write_summary(tmp_path, Summary("x", metrics=(Metric("loss", float("nan")),)))
     assert read_summary(tmp_path) is None and not list(tmp_path.iterdir())
+
+
+ABOUT = About(
+    (Start("2026-11-27 10:00:00+01:00", "llmjax --config='a b.py'", "0123456789ab", "1 × cpu", {"jax": "0.10"}), Start("x")),
+    1024, {"sft": (Source("", "dialogues", 180, 9000, 0, 20, 12, 3, "200 dialogues of größer.jsonl"),), "rl": ()},
+)  # fmt: skip
+
+
+def test_what_is_known_of_a_run_comes_back_as_it_was_said(tmp_path):
+    assert read_about(tmp_path) == About()
+    write_about(tmp_path, ABOUT)
+    assert read_about(tmp_path) == ABOUT
+
+
+@pytest.mark.parametrize("content", ["[]", '{"starts": [{}]}', '{"data": {"sft": [{"rows": 1}]}}', '{"vocab_size": "x"}'])
+def test_a_broken_run_file_is_one_line_that_names_it(tmp_path, content):
+    (tmp_path / "run.json").write_text(content, encoding="utf-8")
+    with pytest.raises(UserError, match=r"run\.json: not what is known of a run \(.*\); restore the file or remove it"):
+        read_about(tmp_path)
 
 
 def test_importing_it_imports_no_jax():

@@ -254,6 +254,7 @@ def test_a_long_document_has_the_tokens_of_the_whole_text(tmp_path, pieces, toke
     blocks = list(encode_text(tokenizer, documents))
     assert tokens_of(blocks) == [tokenizer.bos_id, *tokenizer.encode(text)]
     assert sum(block.counts["documents"] for block in blocks) == 1
+    assert sum(block.counts["bytes"] for block in blocks) == len(text.encode())
     assert sum(block.consumed for block in blocks) == len(documents)
 
 

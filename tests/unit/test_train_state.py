@@ -1,5 +1,7 @@
 """The compiled step: it learns, it updates what it should, and every part lies where it should."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +18,7 @@ from llmjax.models.transformer import transformer_spec
 from llmjax.objectives.lm import lm_loss
 from llmjax.sharding import MeshConfig
 from llmjax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from llmjax.training.program import train_program
 from llmjax.training.rng import fold_purpose, key_for
 from llmjax.training.state import abstract_state, init_state, make_train_step
 
@@ -101,6 +104,26 @@ def test_learning_rate(schedule):
     np.testing.assert_allclose(rate(60), {"cosine": 1.1, "linear": 1.1, "constant": 2.0}[schedule], rtol=1e-5)
     np.testing.assert_allclose(rate(110), 2.0 if schedule == "constant" else 0.2, rtol=1e-5)
     assert learning_rate_schedule(OptimizerConfig(warmup_steps=50), 2)(1) > 0  # a warm-up longer than the training
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+def test_the_learning_rate_of_each_update_is_reported(clip):
+    """Also where the state's own step counts something else."""
+    cfg = OptimizerConfig(learning_rate=2.0, warmup_steps=3, grad_clip=clip)
+    specs = {"w": ParamSpec((3, 3), (None, None), std=1.0)}
+    batch = {"x": jax.ShapeDtypeStruct((3, 3), jnp.float32)}
+
+    def loss(params, batch, key):
+        value = jnp.sum(jnp.square(params["w"] - batch["x"]))
+        return value, {"loss": value}
+
+    program = train_program(loss, specs, cfg, 8, batch, None, tokens=1, flops_per_token=0.0)
+    state, rates = program.init(tiny.draw(specs)), []
+    for _ in range(8):
+        state, metrics = program.fn(dataclasses.replace(state, step=jnp.int32(0)), {"x": jnp.ones((3, 3))}, jax.random.key(0))
+        rates.append(float(metrics["learning_rate"]))
+    schedule = learning_rate_schedule(cfg, 8)
+    np.testing.assert_allclose(rates, [schedule(i) for i in range(8)], rtol=1e-6)
 
 
 @pytest.mark.parametrize("fields", [dict(learning_rate=0.0), dict(warmup_steps=-1), dict(b2=1.5)])
