@@ -157,6 +157,7 @@ def _tokenizer(experiment: Experiment, place: _Shelf) -> Tokenizer:
     else:
         assert experiment.text is not None, "see Experiment.validate"
         tokenizer = Tokenizer.train(_documents(experiment, place), experiment.tokenizer)
+    tokenizer = tokenizer.on(experiment.date) if experiment.date else tokenizer
     tokenizer.save(directory)
     return tokenizer
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -51,7 +52,8 @@ class Experiment:
     stages: by name, in the order in which they run. model: its shape; that of a Hugging Face folder where a stage starts from
     one. tokenizer: as it is trained, where none is given by such a folder. seed: the root of all randomness.
     checkpoint_seconds: between two saves of a stage. checkpoint_digests: a checkpoint is written with the SHA-256 of its files
-    and checked when it is read; false for huge ones, whose sizes alone are checked.
+    and checked when it is read, and so are prepared data; false for huge ones, whose sizes alone are checked. date: what a
+    chat template is told of the day by strftime_now, "2026-01-31"; "" tells it the day on which it is rendered.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Experiment:
     evaluation: Evaluation = Evaluation()
     checkpoint_seconds: PositiveFloat = 30.0
     checkpoint_digests: bool = True
+    date: str = ""
 
     def validate(self) -> None:
         if not self.stages:
@@ -72,6 +75,7 @@ class Experiment:
                 known = " and ".join(RESERVED)
                 raise UserError(f"stages: {name!r} is no name for a stage; use letters, digits, - and _, but not {known}")
         self._validate_links()
+        self._validate_date()
         if len(self.hf_folders) > 1:
             raise UserError(f"one experiment has one model, but its stages start from {' and '.join(self.hf_folders)}")
         check_batch("evaluation.batch_size", self.evaluation.batch_size, self.mesh)
@@ -83,6 +87,12 @@ class Experiment:
             stage.check(self, name)
         if not self.hf_folders and self.text is None:
             raise UserError("no stage has text to train a tokenizer on; start from hf:FOLDER, or with pre-training")
+
+    def _validate_date(self) -> None:
+        try:
+            datetime.date.fromisoformat(self.date or "2000-01-01")
+        except ValueError as error:
+            raise UserError(f"date={self.date!r} is no day; write it as 2026-01-31") from error
 
     def _validate_links(self) -> None:
         earlier: dict[str, Stage] = {}
