@@ -52,6 +52,8 @@ class Chat:
         self.sampling = SamplingConfig(max_new_tokens, temperature)
         validate(self.sampling)
         self.cfg, self.tokenizer = model.cfg, model.tokenizer()
+        if (tokens := self.tokenizer.vocab_size) > self.cfg.vocab_size:
+            raise UserError(f"the tokenizer has {tokens} tokens, the model only {self.cfg.vocab_size}; give it its own")
         self.params = model.load("float32")
         self.messages: list[Message] = []
         self._key = jax.random.key(seed)

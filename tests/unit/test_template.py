@@ -338,12 +338,13 @@ def test_the_date_is_today_or_the_one_that_is_set(tokenizer):
 def test_eos_in_front_of_the_user_and_another_end_of_turn(tokenizer, tmp_path):
     """The eos of the template is that of the tokenizer, whatever ends a turn."""
     template = (
-        "{% for m in messages %}{% if m.role == 'user' %}{{ eos_token }}{% endif %}<|user|>{{ m.role }}\n{{ m.content }}<|end|>\n"
-        "{% endfor %}{% if add_generation_prompt %}<|user|>assistant\n{% endif %}"
+        "{% for m in messages %}{% if m.role == 'user' %}{{ eos_token }}{% endif %}"
+        "<|user|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|user|>assistant\n{% endif %}"
     )
     own = saved(tokenizer, tmp_path / "hf", template, eos="<|endoftext|>")
     tokens, mask = encode_chat(own, DIALOGUE[1:])
-    assert tokenizer.decode(tokens).startswith("<|endoftext|><|user|>user\nHi<|end|>\n<|user|>assistant\nHello!<|end|>\n<|endoft")
+    turn = "<|endoftext|><|user|>user\n{}<|end|>\n<|user|>assistant\n{}<|end|>\n"
+    assert tokenizer.decode(tokens) == turn.format("Hi", "Hello!") + turn.format("Bye", "See you.")
     assert [tokenizer.decode(tokens[a:b]) for a, b in spans(mask)] == ["Hello!<|end|>", "See you.<|end|>"]
     assert own.end_of_turn_id == tokenizer.end_of_turn_id and own.eos_id == tokenizer.eos_id
     assert own.stop_ids == tuple(sorted({own.eos_id, own.end_of_turn_id}))
