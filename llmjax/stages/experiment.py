@@ -157,7 +157,7 @@ def check_lengths(experiment: Experiment, most: int, what: str) -> None:
     for name, config in (experiment.stages | ({"evaluation": experiment.evaluation} if asks else {})).items():
         for where, tokens in _lengths(config, name):
             if tokens > most:
-                raise UserError(f"{where}={tokens} is more than the {most} tokens that the model is made for ({what}); lower it")
+                raise UserError(f"{where}={tokens} is more than the {most} that the model is made for ({what}); lower it")
 
 
 def _lengths(config: Any, where: str) -> Iterator[tuple[str, int]]:

@@ -98,19 +98,19 @@ def workdir(tmp_path) -> pathlib.Path:
     (["--config.model.vocab_size=261", "--config.tokenizer.kind=byte"],
      "model.vocab_size=261 is less than the tokenizer's 262 tokens"),
     ([*ROPE, "--config.pretrain.length=129"],
-     "pretrain.length=129 is more than the 128 tokens that the model is made for (model.rope_scaling.factor * "),
+     "pretrain.length=129 is more than the 128 that the model is made for (model.rope_scaling.factor * "),
     ([*ROPE, "--config.reward.data.prompt_length=100", "--config.reward.data.sampling.max_new_tokens=29"],
-     "reward.data.prompt_length + max_new_tokens=129 is more than the 128 tokens"),
+     "reward.data.prompt_length + max_new_tokens=129 is more than the 128 that"),
     ([*ROPE, "--config.ppo.prompt_length=100", "--config.ppo.max_new_tokens=29"],
-     "ppo.prompt_length + max_new_tokens=129 is more than the 128 tokens"),
+     "ppo.prompt_length + max_new_tokens=129 is more than the 128 that"),
 ])  # fmt: skip
 def test_wrong_flags(capsys, workdir, flags, message):
     assert message in error_of(capsys, QUICKSTART, f"--workdir={workdir}", *flags)
 
 
 @pytest.mark.parametrize(("most", "message"), [
-    (95, "sft.length=96 is more than the 95 tokens that the model is made for (max_position_embeddings of "),
-    (383, "evaluation.prompt_length + max_new_tokens=384 is more than the 383 tokens"),
+    (95, "sft.length=96 is more than the 95 that the model is made for (max_position_embeddings of "),
+    (383, "evaluation.prompt_length + max_new_tokens=384 is more than the 383 that"),
 ])  # fmt: skip
 def test_longer_than_a_folders_model(capsys, workdir, tmp_path, most, message):
     folder = hf_model(tmp_path / "hf", {"max_position_embeddings": most})
