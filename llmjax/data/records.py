@@ -38,12 +38,13 @@ class Dialogue:
 class Prompt:
     """What a model is asked: a dialogue that the assistant is to go on with.
 
-    fields: whatever a reward may look at and the model does not see: the reference answer, the source.
+    fields: whatever a reward may look at and the model does not see: the reference answer, the source. tools: as in `Dialogue`.
     """
 
     id: str
     messages: tuple[Message, ...]
     fields: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def text(self) -> str:

@@ -131,7 +131,8 @@ class Context:
     """An experiment in its working directory, as one of its stages sees it.
 
     name: of the stage. model: with the tokenizer's vocabulary. verbose: whether this process writes to the terminal.
-    shown: what was already said, so that it is said once. opened: the data that were already read, by their config.
+    shown: what was already said, so that it is said once. opened: the data that were already read, by their config. whole:
+    folders of prepared data that were found undamaged.
     """
 
     experiment: Experiment
@@ -144,6 +145,7 @@ class Context:
     verbose: bool = True
     shown: set[str] = field(default_factory=set)
     opened: dict[str, Splits] = field(default_factory=dict)
+    whole: set[str] = field(default_factory=set)
 
     def for_stage(self, name: str) -> Context:
         """The same for another stage."""

@@ -121,11 +121,12 @@ def _to_json(ranking: Ranking) -> dict[str, Any]:
     answers = [{"text": c.text, "tokens": list(c.tokens), "ended": c.ended} for c in ranking.completions]
     return {
         "id": ranking.prompt.id, "prompt": messages, "answers": answers, "ranks": list(ranking.ranks),
-        "scores": list(ranking.scores), "fields": dict(ranking.prompt.fields),
+        "scores": list(ranking.scores), "fields": dict(ranking.prompt.fields), "tools": list(ranking.prompt.tools),
     }  # fmt: skip
 
 
 def _from_json(row: dict[str, Any]) -> Ranking:
     messages = tuple(Message(m.pop("role"), m.pop("content"), m) for m in row["prompt"])
     completions = tuple(Completion(a["text"], tuple(a["tokens"]), ended=a["ended"]) for a in row["answers"])
-    return Ranking(Prompt(row["id"], messages, row["fields"]), completions, tuple(row["ranks"]), tuple(row["scores"]))
+    prompt = Prompt(row["id"], messages, row["fields"], tuple(row["tools"]))
+    return Ranking(prompt, completions, tuple(row["ranks"]), tuple(row["scores"]))
