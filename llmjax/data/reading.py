@@ -244,7 +244,7 @@ class TFDSRecords:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __iter__(self) -> Iterator[Placed]:
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for number in range(len(self)):
             where = f"{self._where} {number}"
             try:

@@ -153,8 +153,8 @@ def _fit(shards: Shards, source: str) -> tuple[str, list[Metric]]:
     )
     suffix, told = (f"/{source}" if source else ""), bool(truncated or dropped)
     numbers = [
-        ("dialogues", kept + dropped, "Dialogues", "dialogues"), ("dialogues_cut", truncated, "Cut to length", "dialogues"),
-        ("dialogues_left_out", dropped, "Left out, too long", "dialogues"),
+        ("dialogues", kept + dropped, "Dialogues", "examples"), ("dialogues_cut", truncated, "Cut to length", "examples"),
+        ("dialogues_left_out", dropped, "Left out, too long", "examples"),
         ("length_for_99", length, "Length that holds 99 %", "tokens"),
     ]  # fmt: skip
     return line if told else "", [

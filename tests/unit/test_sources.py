@@ -13,10 +13,13 @@ import pytest
 from llmjax import config
 from llmjax.data import reading, sources
 from llmjax.data.base import First, Mixture
+from llmjax.data.packing import StreamRows
 from llmjax.data.reading import TFDSRecords
+from llmjax.data.shards import write_shards
 from llmjax.data.sources import Piece, Text
 from llmjax.data.tokenizer import Controls, Tokenizer, TokenizerConfig
 from llmjax.errors import UserError
+from llmjax.interop.hf_tokenizer import read_tokenizer
 from llmjax.stages import datasets
 from llmjax.stages.datasets import encode_text
 
@@ -310,6 +313,17 @@ def test_a_resume_goes_on_within_a_document(pieces, tokenizer, monkeypatch, own_
         assert [b.consumed for b in rest] == [b.consumed for b in blocks[number:]]
         skip += block.consumed
     assert list(encode_text(tokenizer, documents, skip)) == []
+
+
+def test_documents_of_a_folder_whose_bos_and_eos_differ_end_in_eos(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(Tokenizer.train([], TokenizerConfig(kind="byte"))._serialized)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|user|>", "eos_token": "<|endoftext|>"}))
+    own = read_tokenizer(str(tmp_path))
+    shards = write_shards(tmp_path / "shards", lambda skip: encode_text(own, ["ab", "c"], skip), vocab_size=own.vocab_size)
+    row = {k: v[0].tolist() for k, v in StreamRows(
+        shards, 8, bos_id=own.bos_id, eos_id=own.eos_id, pad_id=own.pad_id)[np.array([0])].items()}  # fmt: skip
+    learnt = [token for token, on in zip(row["targets"], row["loss_mask"]) if on]
+    assert learnt == [*own.encode("ab"), own.eos_id, *own.encode("c"), own.eos_id] and own.eos_id != own.bos_id
 
 
 def split_at(ids, token):
