@@ -211,7 +211,7 @@ def test_other_field_of_jsonl(capsys, workdir, tmp_path):
 
 
 def test_unknown_suffix(capsys, workdir, tmp_path):
-    path = tmp_path / "a.csv"
+    path = tmp_path / "a.tsv"
     path.write_text("a,b\n")
     assert f"{path}: unknown suffix" in text_error(capsys, workdir, f"--config.pretrain.data.path={path}")
 
