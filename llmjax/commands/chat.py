@@ -69,6 +69,8 @@ class Chat:
         self.sampling = SamplingConfig(max_new_tokens, temperature)
         validate(self.sampling)
         self.cfg, self.tokenizer, self.length = model.cfg, model.tokenizer(), model.length
+        if (tokens := self.tokenizer.vocab_size) > self.cfg.vocab_size:
+            raise UserError(f"the tokenizer has {tokens} tokens, the model only {self.cfg.vocab_size}; give it its own")
         self.plain = not model.chats if plain is None else plain
         self.params = model.load("float32")
         self.messages: list[Message] = []

@@ -257,7 +257,7 @@ def _id(record: Record) -> str:
 def _prompt(record: Record, turns: tuple[Message, ...], read: Sequence[str], **fields: Any) -> Prompt:
     if not turns or turns[-1].role == "assistant":
         raise UserError("the prompt does not end with a message that an assistant could answer")
-    return Prompt(_id(record), turns, {k: v for k, v in record.items() if k not in read} | fields)
+    return Prompt(_id(record), turns, {k: v for k, v in record.items() if k not in read} | fields, _tools(record))
 
 
 def _read_prompt(record: Record) -> Prompt:

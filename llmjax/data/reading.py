@@ -5,6 +5,7 @@ Nothing here needs TensorFlow or a network, but for TFDS names that are not yet 
 
 import codecs
 import contextlib
+import csv
 import glob
 import gzip
 import io
@@ -16,40 +17,63 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from llmjax.config import did_you_mean
+from llmjax.data.formats import SURROGATE
 from llmjax.errors import UserError
 
-TEXT_SUFFIXES, RECORD_SUFFIXES = (".txt", ".txt.gz"), (".jsonl", ".jsonl.gz", ".parquet")
+TEXT_SUFFIXES, RECORD_SUFFIXES = (".txt", ".md"), (".jsonl", ".json", ".csv", ".parquet")
 VALIDATION_SPLITS = ("validation", "valid", "val", "dev")
 _BLOCK = 2**20  # bytes of a text file read at a time
 
-Placed = tuple[str, dict[str, Any]]
-"""Where a record stands ("chats.jsonl:7"), and its fields."""
+Placed = tuple[str, dict[str, Any] | UserError]
+"""Where a record stands ("chats.jsonl:7"), and its fields, or what is wrong with it."""
 
 
 def expand(patterns: str, field: str, suffixes: tuple[str, ...] = (*TEXT_SUFFIXES, *RECORD_SUFFIXES)) -> list[str]:
-    """The files of globs that are separated by commas, sorted. Raises UserError for a glob that matches none, and for a suffix
-    that is not among `suffixes`."""
-    paths = set()
-    for pattern in filter(None, (pattern.strip() for pattern in patterns.split(","))):
-        found = glob.glob(os.path.expanduser(pattern), recursive=True)
-        files = [path for path in found if os.path.isfile(path)]
-        if not files and found:
-            raise UserError(f"{field}={pattern} is a folder; name its files, such as {os.path.join(pattern, '*.jsonl')}")
-        if not files:
-            folder = os.path.dirname(pattern) or "."
-            near = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-            hint = did_you_mean(os.path.basename(pattern), near[:50]) if near else f"there is no folder {folder}"
-            raise UserError(f"{field}={pattern} matches no file; {hint}")
+    """The files of globs that are separated by commas, sorted. A comma belongs to a name where that is what makes it match.
+    Raises UserError for a glob that matches none, and for a suffix that is not among `suffixes`."""
+    parts, paths = patterns.split(","), set()
+    while parts:
+        for count in range(1, len(parts) + 1):
+            if files := _matches(",".join(parts[:count]).strip()):
+                break
+        else:
+            _check_blank(parts[0].strip(), field)
+            count = 1
         paths.update(files)
+        del parts[:count]
     for path in sorted(paths):
-        if not path.lower().endswith(suffixes):
-            raise UserError(f"{path}: unknown suffix; files are read as {', '.join(suffixes)}")
+        if _kind(path) not in suffixes:
+            raise UserError(f"{path}: unknown suffix; files are read as {', '.join(suffixes)}, also .gz and .zst")
     return sorted(paths)
+
+
+def _matches(pattern: str) -> list[str]:
+    path = os.path.expanduser(pattern)
+    return [path] if os.path.isfile(path) else [found for found in glob.glob(path, recursive=True) if os.path.isfile(found)]
+
+
+def _check_blank(pattern: str, field: str) -> None:
+    """Raises UserError for a pattern that matches no file, if it is one."""
+    if not pattern:
+        return
+    if glob.glob(os.path.expanduser(pattern), recursive=True):
+        raise UserError(f"{field}={pattern} is a folder; name its files, such as {os.path.join(pattern, '*.jsonl')}")
+    folder = os.path.dirname(pattern) or "."
+    near = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    hint = did_you_mean(os.path.basename(pattern), near[:50]) if near else f"there is no folder {folder}"
+    raise UserError(f"{field}={pattern} matches no file; {hint}")
+
+
+def _kind(path: str) -> str:
+    """The suffix of a file, without that of its compression."""
+    name, suffix = os.path.splitext(path.lower())
+    inner = os.path.splitext(name)[1]
+    return inner if suffix in (".gz", ".zst") and inner != ".parquet" else suffix
 
 
 def is_text(path: str) -> bool:
     """Whether a file holds plain text, and not records."""
-    return path.lower().endswith(TEXT_SUFFIXES)
+    return _kind(path) in TEXT_SUFFIXES
 
 
 @contextlib.contextmanager
@@ -59,10 +83,16 @@ def _readable(path: str) -> Iterator[None]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a whole gzip file ({error}); compress or download it anew") from error
     except OSError as error:
+        if error.errno is None and path.lower().endswith(".zst"):
+            raise UserError(f"{path}: not a whole zst file ({error}); compress or download it anew") from error
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
 
 
 def _open(path: str) -> io.BufferedIOBase:
+    if path.lower().endswith(".zst"):
+        import pyarrow  # takes a second
+
+        return io.BufferedReader(pyarrow.input_stream(path, compression="zstd"), _BLOCK)
     return gzip.open(path, "rb") if path.lower().endswith(".gz") else open(path, "rb")
 
 
@@ -87,32 +117,89 @@ def text_blocks(path: str) -> Iterator[str]:
 
 
 def read_records(path: str, column: str | None = None) -> Iterator[Placed]:
-    """The records of a jsonl or parquet file with their places. column: of a parquet file, all that is wanted of it.
+    """The records of a file with their places, as its suffix says. column: of a parquet file, all that is wanted of it.
 
-    Raises UserError that names file and line (or row).
+    A record that is wrong is a UserError that names file and line (or row). Raises UserError for a file that is wrong.
     """
-    if path.lower().endswith(".parquet"):
-        yield from _read_parquet(path, column)
-    else:
-        yield from _read_jsonl(path)
+    readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv}
+    yield from _read_parquet(path, column) if (kind := _kind(path)) == ".parquet" else readers[kind](path)
 
 
-def _read_jsonl(path: str) -> Iterator[Placed]:
+def _read_jsonl(path: str, hint: str = "mend or remove the line") -> Iterator[Placed]:
     with _readable(path), _open(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             where = f"{path}:{number}"
             try:
-                record = json.loads(line.decode("utf-8").removeprefix("\ufeff"))
+                yield _checked(where, json.loads(line.decode("utf-8").removeprefix("\ufeff")))
             except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 (byte {error.start} of the line); convert it") from error
+                yield where, UserError(f"{where}: not UTF-8 (byte {error.start} of the line); convert it")
             except (ValueError, RecursionError) as error:
-                reason = getattr(error, "msg", error)
-                raise UserError(f"{where}: not JSON ({reason}); mend or remove the line") from error
-            if not isinstance(record, dict):
-                raise UserError(f'{where}: a {type(record).__name__}, not an object; write {{"field": ...}}')
-            yield where, record
+                yield where, UserError(f"{where}: not JSON ({getattr(error, 'msg', error)}); {hint}")
+
+
+def _checked(where: str, record: Any) -> Placed:
+    if not isinstance(record, dict):
+        return where, UserError(f'{where}: a {type(record).__name__}, not an object; write {{"field": ...}}')
+    return where, record
+
+
+def _read_json(path: str) -> Iterator[Placed]:
+    """A list of records, which is read whole, or one record a line."""
+    with _readable(path), _open(path) as file:
+        begin = file.read(_BLOCK)
+        if not begin.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"["):
+            yield from _read_jsonl(path, "write a list of records, or one object a line")
+            return
+        text = begin + file.read()
+    try:
+        records = json.loads(text.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start}); convert it to UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        line, reason = getattr(error, "lineno", 1), getattr(error, "msg", error)
+        raise UserError(f"{path}:{line}: not JSON ({reason}); mend the file") from error
+    for number, record in enumerate(records, start=1):
+        yield _checked(f"{path} record {number}", record)
+
+
+def _read_csv(path: str) -> Iterator[Placed]:
+    """Rows below a header, which names the fields; all values are text."""
+    csv.field_size_limit(2**31 - 1)
+    with _readable(path), _open(path) as file:
+        rows = csv.reader((line.decode("utf-8", "surrogateescape") for line in file), strict=True)
+        header: list[str] | None = None
+        while True:
+            where = f"{path}:{rows.line_num + 1}"
+            try:
+                row = next(rows, None)
+            except csv.Error as error:
+                wrong = UserError(f"{where}: not CSV ({error}); mend the quotes")
+                if header is None or "end of data" in str(error):  # the rest of the file may be within the quotes
+                    raise wrong from error
+                yield where, wrong
+                continue
+            if row is None:
+                return
+            if not row:
+                continue
+            if header is None:
+                header = _header(row, where)
+            elif any(SURROGATE.search(value) for value in row):
+                yield where, UserError(f"{where}: not UTF-8; convert it")
+            elif len(row) != len(header):
+                yield where, UserError(f"{where}: {len(row)} values for the {len(header)} columns of the header; mend the row")
+            else:
+                yield where, dict(zip(header, row))
+
+
+def _header(row: list[str], where: str) -> list[str]:
+    names = [name.removeprefix("\ufeff").strip() for name in row]
+    wrong = next((name for name in names if not name or names.count(name) > 1 or SURROGATE.search(name)), None)
+    if wrong is not None:
+        raise UserError(f"{where}: the first row must name each column once, in UTF-8; {wrong!r} does not")
+    return names
 
 
 def _read_parquet(path: str, column: str | None) -> Iterator[Placed]:
@@ -157,7 +244,7 @@ class TFDSRecords:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __iter__(self) -> Iterator[Placed]:
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
         for number in range(len(self)):
             where = f"{self._where} {number}"
             try:

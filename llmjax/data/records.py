@@ -39,12 +39,13 @@ class Prompt:
     """What a model is asked: a dialogue that the assistant is to go on with.
 
     fields: whatever a reward may look at and the model does not see: the reference answer, the source. Prompts of equal
-    fields["group"] ask for the same thing in other words: errors are clustered by it.
+    fields["group"] ask for the same thing in other words: errors are clustered by it. tools: as in `Dialogue`.
     """
 
     id: str
     messages: tuple[Message, ...]
     fields: Mapping[str, Any] = field(default_factory=dict)
+    tools: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def group(self) -> str:

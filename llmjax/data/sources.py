@@ -19,6 +19,8 @@ from llmjax.errors import UserError
 
 PIECE = 2**17
 """Characters of a document that are tokenised at once, at least."""
+MOST_BAD = 0.1
+"""Of the records of a source may be skipped."""
 
 
 class View:
@@ -31,25 +33,68 @@ class View:
         return self._make()
 
 
+@dataclass
+class Tally:
+    """How many records of a pass were good and how many bad, and what was wrong with the first of these."""
+
+    good: int = 0
+    bad: int = 0
+    first: str = ""
+
+    def told(self, where: str) -> str:
+        """What was skipped, in words. Raises UserError if that is too much; where: how messages name the source."""
+        if self.bad > MOST_BAD * (self.good + self.bad):
+            share = f"{self.bad:,} of {self.good + self.bad:,} records are bad"
+            raise UserError(f"{where}: {share}, more than the {MOST_BAD:.0%} that are skipped; the first is {self.first}")
+        return f"{self.bad:,} bad record{'s' if self.bad > 1 else ''} skipped, the first is {self.first}" if self.bad else ""
+
+
+def sound(
+    records: Iterable[reading.Placed], read: Callable[[str, dict[str, Any]], Any], tally: Tally | None
+) -> Iterator[Any]:
+    """read(place, record) of each record. tally: counts the bad ones, which are skipped; without one the first is raised."""
+    for where, record in records:
+        try:
+            if isinstance(record, UserError):
+                raise record
+            item = read(where, record)
+        except UserError as error:
+            if tally is None:
+                raise
+            tally.bad, tally.first = tally.bad + 1, tally.first or str(error)
+            continue
+        if tally is not None:
+            tally.good += 1
+        yield item
+
+
 @dataclass(frozen=True)
 class Source(Data):
     """What all kinds of records are read from.
 
     path: one or several globs, separated by commas; with `name`, the folder of TFDS's data sets; or the folder of one such.
     name: a TensorFlow Datasets name, "pg19" or "wikipedia/20230601.simple". validation_fraction: share that is held out,
-    where neither `validation_path` (globs) nor a validation split of TFDS says what is.
+    where neither `validation_path` (globs) nor a validation split of TFDS says what is. skip_bad: leave out records of files
+    that are wrong and say how many, up to a tenth; else the first wrong one is an error.
     """
 
     path: str = ""
     name: str = ""
     validation_path: str = ""
     validation_fraction: Annotated[float, Range(above=0, below=1)] = 0.1
+    skip_bad: bool = False
 
     def validate(self) -> None:
         if not (self.path or self.name):
             raise UserError("path is empty; give the path of your files, a glob, or the name of a TFDS data set")
         if self.validation_path and self.is_tfds:
             raise UserError(f"validation_path={self.validation_path} goes with files only; TFDS has splits of its own")
+        if self.skip_bad and self.is_tfds:
+            raise UserError("skip_bad goes with files only; leave it out")
+
+    def tally(self) -> Tally | None:
+        """For one pass over the records; None where nothing is skipped."""
+        return Tally() if self.skip_bad else None
 
     @property
     def is_tfds(self) -> bool:
@@ -71,11 +116,11 @@ class Piece(str):
 
 @dataclass(frozen=True)
 class Text(Source):
-    """Documents to pre-train on, from .txt, .jsonl and .parquet files (.txt and .jsonl also gzipped) or TFDS.
+    """Documents to pre-train on, from .txt, .md, .jsonl, .json, .csv and .parquet files (.gz and .zst of them too) or TFDS.
 
-    path, name, validation_path: as in `Source`. validation_fraction: of plain text the last characters of the last files; of
-    records whole documents, evenly spread. text_key: field of a record that holds the text. document_separator: what is a
-    document in a plain-text file: the "file", each of its "lines", or what stands between "blank_lines".
+    path, name, validation_path, skip_bad: as in `Source`. validation_fraction: of plain text the last characters of the last
+    files; of records whole documents, evenly spread. text_key: field of a record that holds the text. document_separator: what
+    is a document in a plain-text file: the "file", each of its "lines", or what stands between "blank_lines".
     """
 
     text_key: str = "text"
@@ -96,7 +141,8 @@ class Text(Source):
             plain, records = self._files(self.path, "path")
             if self.validation_path:
                 held = self._files(self.validation_path, "validation_path")
-                splits = Splits(self._all(plain, records), {"validation": self._all(*held)})
+                (train, note), (validation, more) = self._all(plain, records), self._all(*held)
+                splits = Splits(train, {"validation": validation}, "; ".join(filter(None, (note, more))))
             else:
                 splits = self._split(plain, records)
         for name, part in (("train", splits.train), *splits.held_out.items()):
@@ -108,26 +154,31 @@ class Text(Source):
         paths = reading.expand(patterns, field)
         return [path for path in paths if reading.is_text(path)], [path for path in paths if not reading.is_text(path)]
 
-    def _all(self, plain: Sequence[str], records: Sequence[str]) -> View:
-        """Every document, after one pass that finds what is wrong with any."""
-        view = View(lambda: itertools.chain(documents(plain, self.document_separator), self._texts(records)))
-        for _ in view:
+    def _all(self, plain: Sequence[str], records: Sequence[str]) -> tuple[View, str]:
+        """Every document, after one pass that finds what is wrong with any, and what was skipped."""
+        for _ in documents(plain, self.document_separator):
             pass
-        return view
+        _, note = self._count(records)
+        return View(lambda: itertools.chain(documents(plain, self.document_separator), self._texts(records))), note
 
-    def _texts(self, paths: Sequence[str]) -> Iterator[str]:
-        for path in paths:
-            for where, record in reading.read_records(path, self.text_key):
-                text = reading.text_of(record, self.text_key, where)
-                if text.strip():
-                    yield text
+    def _count(self, records: Sequence[str]) -> tuple[int, str]:
+        """The number of texts in files of records, and what was skipped."""
+        tally = self.tally()
+        count = sum(1 for _ in self._texts(records, tally))
+        return count, "" if tally is None else tally.told(self.where)
+
+    def _texts(self, paths: Sequence[str], tally: Tally | None = None) -> Iterator[str]:
+        """Those of the records; tally: counts them in a first pass."""
+        placed = (one for path in paths for one in reading.read_records(path, self.text_key))
+        texts = sound(placed, lambda where, record: reading.text_of(record, self.text_key, where), tally or self.tally())
+        return (text for text in texts if text.strip())
 
     def _split(self, plain: Sequence[str], records: Sequence[str]) -> Splits:
         sizes, last, goes_on = 0, 0, False
         for text in documents(plain, self.document_separator):
             last = last if goes_on else sizes
             sizes, goes_on = sizes + len(text), isinstance(text, Piece)
-        count = sum(1 for _ in self._texts(records))
+        count, note = self._count(records)
         if not sizes and not count:
             raise UserError(f"{self.where}: the corpus is empty, there is no text in its files; check them")
         if count == 1:
@@ -141,7 +192,7 @@ class Text(Source):
             yield from _cut_by_characters(documents(plain, self.document_separator), cut, inside, validation)
             yield from (text for text, out in zip(self._texts(records), held) if out == validation)
 
-        return Splits(View(lambda: part(False)), {"validation": View(lambda: part(True))})
+        return Splits(View(lambda: part(False)), {"validation": View(lambda: part(True))}, note)
 
     def _read_tfds(self) -> Splits:
         splits = reading.open_tfds(self.name, self.path)
@@ -259,7 +310,8 @@ Reader = Callable[[dict[str, Any]], Any]
 
 @dataclass(frozen=True)
 class Records(Source):
-    """Records of .jsonl(.gz) and .parquet files, or TFDS, in a format that is recognised by their fields.
+    """Records of .jsonl, .json, .csv and .parquet files (.gz and .zst of them too), or TFDS, in a format that is recognised by
+    their fields.
 
     format: "auto", the name of a known format, or a function from a record (a dict) to what it means.
     """
@@ -283,20 +335,40 @@ class Records(Source):
             train = self._files(self.path, "path")
             held = self._files(self.validation_path, "validation_path") if self.validation_path else None
         convert, name = self._converter(train)
-        items, groups, left_out = _scan(train, convert)
+        items, groups, left_out, skipped = self._scan(train, convert)
         if not items:
             raise UserError(f"{self.where}: no record to learn from; check the files")
         note = f"{items:,} {plural(self.kind)} of {self.name or self.path}, format {name}"
         note += f", {left_out:,} left out" if left_out else ""
+        note += f", {skipped}" if skipped else ""
         if held is not None:
-            if not _scan(held, convert)[0]:
+            count, _, _, skipped = self._scan(held, convert)
+            if not count:
                 raise UserError(f"{self.where}: no validation record; give some, or leave out validation_path")
-            return Splits(_every(train, convert), {"validation": _every(held, convert)}, note)
+            note += f"; validation: {skipped}" if skipped else ""
+            parts = [View(lambda part=part: self._every(part, convert)) for part in (train, held)]
+            return Splits(parts[0], {"validation": parts[1]}, note)
         if len(set(groups)) < 2:
             raise UserError(f"{self.where}: all records have one prompt, so none can be held out; give a validation_path")
         chosen = _held_out_groups(groups, self.validation_fraction)
-        train_view, held_view = (View(lambda out=out: _side(train, convert, chosen, out)) for out in (False, True))
+        train_view, held_view = (View(lambda out=out: self._side(train, convert, chosen, out)) for out in (False, True))
         return Splits(train_view, {"validation": held_view}, note)
+
+    def _scan(self, records: Iterable[reading.Placed], convert) -> tuple[int, np.ndarray, int, str]:
+        """Number of items, the group of each, the number of records left out, and what was skipped; finds what is wrong."""
+        groups, left_out, tally = [], 0, self.tally()
+        for item in sound(records, convert, tally):
+            if item is None:
+                left_out += 1
+            else:
+                groups.append(group_of(item))
+        return len(groups), np.array(groups, np.uint64), left_out, "" if tally is None else tally.told(self.where)
+
+    def _every(self, records: Iterable[reading.Placed], convert) -> Iterator[Any]:
+        return (item for item in sound(records, convert, self.tally()) if item is not None)
+
+    def _side(self, records: Iterable[reading.Placed], convert, held_out: frozenset[int], validation: bool) -> Iterator[Any]:
+        return (item for item in self._every(records, convert) if (group_of(item) in held_out) == validation)
 
     def _files(self, patterns: str, field: str) -> View:
         paths = reading.expand(patterns, field, reading.RECORD_SUFFIXES)
@@ -307,14 +379,7 @@ class Records(Source):
         if callable(self.format):
             reader, name = self.format, getattr(self.format, "__name__", type(self.format).__name__)
             return lambda where, record: _call(reader, where, record, self.kind, name), name
-        first = next(iter(records), None)
-        if first is None:
-            raise UserError(f"{self.where}: holds no record; check the files")
-        where, record = first
-        try:
-            one = next((one for one in self.known if one.name == self.format), None) or formats.recognise(self.known, record)
-        except UserError as error:
-            raise UserError(f"{where}: {error}") from error
+        one = next((one for one in self.known if one.name == self.format), None) or self._recognised(records)
 
         def read(record: dict[str, Any]) -> Any:
             if not one.fits(record):
@@ -322,6 +387,21 @@ class Records(Source):
             return one.read(record)
 
         return lambda where, record: _call(read, where, record, self.kind, one.name), one.name
+
+    def _recognised(self, records: Iterable[reading.Placed]) -> formats.Format:
+        """The format of the first record; of the first that has one, where bad ones are skipped."""
+
+        def fitting(where: str, record: dict[str, Any]) -> formats.Format:
+            try:
+                return formats.recognise(self.known, record)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from error
+
+        tally = self.tally()
+        found = next(sound(records, fitting, tally), None)
+        if found is None:
+            raise UserError(tally.first if tally and tally.first else f"{self.where}: holds no record; check the files")
+        return found
 
 
 @dataclass(frozen=True)
@@ -381,28 +461,6 @@ def _texts_of(item: Dialogue | Prompt | Ranking) -> Iterator[str]:
     yield from (message.content for message in messages if message.content)
     if isinstance(item, Ranking):
         yield from (completion.text for completion in item.completions)
-
-
-def _scan(records: Iterable[reading.Placed], convert) -> tuple[int, np.ndarray, int]:
-    """Number of items, the group of each, and the number of records left out; finds what is wrong with any."""
-    groups, left_out = [], 0
-    for where, record in records:
-        item = convert(where, record)
-        if item is None:
-            left_out += 1
-        else:
-            groups.append(group_of(item))
-    return len(groups), np.array(groups, np.uint64), left_out
-
-
-def _every(records: Iterable[reading.Placed], convert) -> View:
-    return View(lambda: (item for where, record in records if (item := convert(where, record)) is not None))
-
-
-def _side(records: Iterable[reading.Placed], convert, held_out: frozenset[int], validation: bool) -> Iterator[Any]:
-    for item in _every(records, convert):
-        if (group_of(item) in held_out) == validation:
-            yield item
 
 
 def group_of(item: Dialogue | Prompt | Ranking) -> int:

@@ -7,7 +7,6 @@ a message apart is refused.
 """
 
 import bisect
-import datetime
 import functools
 import itertools
 import json
@@ -81,11 +80,13 @@ def encode_chat(
             the assistant speaks: a template that has no {% generation %} block and by which no turn of the assistant adds
             to the prompt in front of it, or that ends no turn with a control token.
     """
-    marked = [_mark(message, number) for number, message in enumerate(messages, start=1)]
+    marked = _marks(tokenizer, messages)
     if not marked:
         raise UserError("the dialogue has no message; give at least one")
     _check_extras(tokenizer, messages, tools)
-    variables = dict(tools=[dict(tool) for tool in tools] or None, documents=None, **tokenizer.template_variables)
+    variables = dict(
+        tools=[dict(tool) for tool in tools] or None, documents=None, strftime_now=tokenizer.now, **tokenizer.template_variables
+    )
     chat = _encode(tokenizer, marked, add_generation_prompt, variables)
     _check_not_forged(tokenizer, messages, chat, add_generation_prompt, variables)
     return chat
@@ -117,8 +118,7 @@ def _check_not_forged(tokenizer: "Tokenizer", messages: Sequence[Message], chat:
         return
     pattern = re.compile("|".join(map(re.escape, names)))
     harmless = [Message(m.role, m.content and pattern.sub("x", m.content), m.extra) for m in messages]
-    marked = [_mark(message, number) for number, message in enumerate(harmless, start=1)]
-    want = _encode(tokenizer, marked, prompt, variables).tokens
+    want = _encode(tokenizer, _marks(tokenizer, harmless), prompt, variables).tokens
     counts = [sum(token in tokenizer.control_ids for token in tokens) for tokens in (chat.tokens, want)]
     if counts[0] != counts[1]:
         raise UserError(f"chat template: it takes apart a message that says {names[0]!r}; mend it so that texts stay whole")
@@ -131,10 +131,17 @@ def _encode(tokenizer: "Tokenizer", marked: list[dict[str, Any]], add_generation
         )
 
     text, said, generated = _unmark(render(len(marked), add_generation_prompt))
-    told = bool(generated) or add_generation_prompt or all(message["role"] != "assistant" for message in marked)
-    if told:  # nobody learns from a prompt
+    if generated or all(message["role"] != "assistant" for message in marked):
         return _encode_spans(tokenizer, text, said, generated)
     generated = _spans_by_prefixes(text, marked, render)
+    if add_generation_prompt:  # nobody learns from a prompt, but its tokens are those of the dialogue
+        tokens = _encode_spans(tokenizer, text, said, generated).tokens
+        return ChatTokens(tokens, [0] * len(tokens))
+    if not generated:
+        raise UserError(
+            "chat template: what it makes of a dialogue's beginning is not the beginning of what it makes of the "
+            "dialogue, so the assistant's tokens cannot be told; put {% generation %} around its text"
+        )
     chat = _encode_spans(tokenizer, text, said, generated)
     return ChatTokens(chat.tokens, _up_to_end_of_turn(tokenizer, chat))
 
@@ -154,11 +161,6 @@ def _spans_by_prefixes(text: str, marked: list[dict[str, Any]], render) -> list[
         end = len(os.path.commonprefix([after, text]))
         if after.startswith(before) and end > len(before):
             spans.append((len(before), end))
-    if not spans:
-        raise UserError(
-            "chat template: what it makes of a dialogue's beginning is not the beginning of what it makes of the "
-            "dialogue, so the assistant's tokens cannot be told; put {% generation %} around its text"
-        )
     return spans
 
 
@@ -188,9 +190,17 @@ class _Text(str):
         return _marked(self[1:-1].rstrip(chars))
 
 
-def _mark(message: Message, number: int) -> dict[str, Any]:
-    """What a template is given of a message; an empty text stays one that `if` takes for false."""
-    where, content = f"message {number}", message.content
+def _marks(tokenizer: "Tokenizer", messages: Sequence[Message]) -> list[dict[str, Any]]:
+    """What a template is given of messages. One that does not know the developer is given what he says as the system's."""
+    marked = [_mark(message, f"message {number}") for number, message in enumerate(messages, start=1)]
+    if "developer" not in tokenizer.chat_template:
+        marked = [message | {"role": "system"} if message["role"] == "developer" else message for message in marked]
+    return marked
+
+
+def _mark(message: Message, where: str) -> dict[str, Any]:
+    """One of them; an empty text stays one that `if` takes for false."""
+    content = message.content
     if message.role not in ROLES:
         raise UserError(f"{where}: unknown role '{message.role}'; {did_you_mean(message.role, ROLES)}")
     if content and _SPLIT.search(content):
@@ -219,7 +229,6 @@ def _compile(template: str) -> jinja2.Template:
     )
     functions: dict[str, Any] = environment.globals
     functions["raise_exception"] = _raise_exception
-    functions["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     environment.filters["tojson"] = _tojson  # jinja2's own escapes < and > for HTML
     return environment.from_string(template)
 
@@ -261,10 +270,29 @@ def _encode_spans(
         found = {span for span in said if any(b < span[1] and e > span[0] for b, e in controls)} - forged
         # A token must not reach over the edge of what the assistant produces: at inference the prompt ends there.
         reached = {edge for span in generated for edge in span if any(b < edge < e for b, e in places)} - cuts
+        prompts = {edge for edge, _ in generated} - cuts - reached
+        reached |= {edge for edge in prompts if not _same_alone(tokenizer, text, edge, cuts, tokens, places)}
         if not found and not reached:
             return ChatTokens(tokens, _mask(places, generated))
         forged |= found
         cuts |= reached.union(*found)
+
+
+def _same_alone(
+    tokenizer: "Tokenizer", text: str, edge: int, cuts: set[int], tokens: list[int], places: list[tuple[int, int]]
+) -> bool:
+    """Whether what stands in front of `edge` has the tokens that it has where the text ends there, as a prompt does.
+
+    Line breaks at the end are one token, for example, and two in front of a word. What is in front of a cut or a control token
+    does not depend on what is behind it.
+    """
+    stop = bisect.bisect_left([place for place, _ in places], edge)
+    controls = (i for i in reversed(range(stop)) if tokens[i] in tokenizer.control_ids)
+    start, first = next(((places[i][0], i) for i in controls), (0, 0))
+    cut = max((cut for cut in cuts if cut < edge), default=0)
+    if cut > start:
+        start, first = cut, bisect.bisect_left([place for place, _ in places], cut)
+    return tokenizer.encode_with_offsets(text[start:edge], control_tokens=True)[0] == tokens[first:stop]
 
 
 def _mask(places: list[tuple[int, int]], generated: list[tuple[int, int]]) -> list[int]:

@@ -5,6 +5,7 @@ punctuation, white space. Loaded are others too.
 """
 
 import codecs
+import datetime
 import functools
 import hashlib
 import json
@@ -71,7 +72,8 @@ class Controls:
 
     pad: padding. bos: in front of every text. eos: behind every document. end_of_turn: what ends an assistant's turn in the
     chat template; may be eos. stop_ids: further ids at which generation stops. others: what else a template may name
-    ("unk_token": "<unk>").
+    ("unk_token": "<unk>"). assumed: which of "pad" and "bos" the model itself does not have; eos stands in for them, but not
+    in a template.
     """
 
     pad: str = PAD
@@ -80,6 +82,7 @@ class Controls:
     end_of_turn: str = END_OF_TURN
     stop_ids: tuple[int, ...] = ()
     others: Mapping[str, str] = field(default_factory=dict)
+    assumed: tuple[str, ...] = ()
 
 
 class Tokenizer:
@@ -88,9 +91,12 @@ class Tokenizer:
     Attributes:
         chat_template: jinja2 source that `llmjax.data.template.encode_chat` renders.
         controls: which of its tokens mean what.
+        date: what strftime_now of a chat template tells, "2026-01-31"; "" for the day on which it is rendered.
     """
 
-    def __init__(self, serialized: str, chat_template: str = DEFAULT_TEMPLATE, controls: Controls = Controls()):
+    def __init__(
+        self, serialized: str, chat_template: str = DEFAULT_TEMPLATE, controls: Controls = Controls(), date: str = ""
+    ):
         """From the text of a tokenizer.json that has the tokens of `controls`."""
         # Two copies of one model: they differ only in whether the text of a control token becomes its id.
         self._template = tokenizers.Tokenizer.from_str(serialized)
@@ -99,9 +105,11 @@ class Tokenizer:
         for copy in (self._template, self._plain):  # a published file may carry both
             copy.no_truncation()
             copy.no_padding()
+            copy.post_processor = None  # it adds tokens that are not wanted, or takes the spaces out of offsets
         self._serialized = serialized
         self.chat_template = chat_template
         self.controls = controls
+        self.date = date
         for token in (controls.pad, controls.bos, controls.eos, controls.end_of_turn):
             self._id(token)
         check_decoder(self._plain)
@@ -150,7 +158,9 @@ class Tokenizer:
         try:
             pad, bos, eos, end_of_turn = (config[f"{name}_token"] for name in ("pad", "bos", "eos", "end_of_turn"))
             others = {name: config[name] for name in OTHER_TOKENS if name in config}
-            return cls(serialized, template, Controls(pad, bos, eos, end_of_turn, tuple(config["stop_ids"]), others))
+            assumed = tuple(name for name, token in (("pad", pad), ("bos", bos)) if token is None)
+            controls = Controls(pad or eos, bos or eos, eos, end_of_turn, tuple(config["stop_ids"]), others, assumed)
+            return cls(serialized, template, controls, config["date"])
         except KeyError as error:
             missing = error.args[0]
             raise UserError(f"{folder / _CONFIG_FILE}: no {missing!r}; restore the file or train the tokenizer anew") from error
@@ -167,8 +177,8 @@ class Tokenizer:
         """
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False,
-            "pad_token": self.controls.pad, "bos_token": self.controls.bos, "eos_token": self.controls.eos,
-            "end_of_turn_token": self.controls.end_of_turn, "stop_ids": list(self.controls.stop_ids), **self.controls.others,
+            "pad_token": None, "bos_token": None, **self.template_variables, "date": self.date,
+            "end_of_turn_token": self.controls.end_of_turn, "stop_ids": list(self.controls.stop_ids),
             "model_input_names": ["input_ids", "attention_mask"],
         }  # fmt: skip
         with whole_folder(folder) as new:
@@ -177,8 +187,17 @@ class Tokenizer:
             (new / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
     def fingerprint(self) -> str:
-        """16 hex digits that change with the vocabulary, the merges or the chat template."""
-        return hashlib.sha256(f"{self._serialized}\0{self.chat_template}".encode()).hexdigest()[:16]
+        """16 hex digits that change with the vocabulary, the merges, the chat template or its date."""
+        return hashlib.sha256(f"{self._serialized}\0{self.chat_template}\0{self.date}".encode()).hexdigest()[:16]
+
+    def on(self, date: str) -> "Tokenizer":
+        """The same with another `date`."""
+        return Tokenizer(self._serialized, self.chat_template, self.controls, date)
+
+    def now(self, form: str) -> str:
+        """`date`, or the time of day, by the rules of strftime."""
+        now = datetime.datetime.fromisoformat(self.date) if self.date else datetime.datetime.now()
+        return now.strftime(form)
 
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, of which nothing is a control token: "<|end|>" in it is seven plain characters.
@@ -255,9 +274,10 @@ class Tokenizer:
 
     @property
     def template_variables(self) -> dict[str, str]:
-        """Names of control tokens that a chat template may use."""
-        own = {"bos_token": self.controls.bos, "eos_token": self.controls.eos, "pad_token": self.controls.pad}
-        return own | dict(self.controls.others)
+        """The control tokens that a chat template may name: those that the model has."""
+        own = {"bos": self.controls.bos, "eos": self.controls.eos, "pad": self.controls.pad}
+        named = {f"{name}_token": token for name, token in own.items() if name not in self.controls.assumed}
+        return named | dict(self.controls.others)
 
     @property
     def pad_id(self) -> int:

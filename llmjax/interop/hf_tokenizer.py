@@ -21,7 +21,7 @@ from llmjax.files import read_json, read_text
 from llmjax.interop.sentencepiece_model import tokenizer_json
 
 PLAIN_TEMPLATE = """\
-{{- bos_token }}
+{{- bos_token or eos_token }}
 {%- for message in messages %}
     {{- {"system": "System", "user": "User", "assistant": "Assistant"}[message.role] + ": " }}
     {%- if message.role == "assistant" %}
@@ -49,7 +49,8 @@ def read_tokenizer(folder: str, model: Mapping[str, Any] | None = None) -> Token
     if eos is None:
         raise UserError(f"{folder}: tokenizer_config.json names no eos_token, so a model could not learn to stop")
     others = {name: token for name in OTHER_TOKENS if (token := _token(config.get(name))) is not None}
-    controls = Controls(names["pad"] or eos, names["bos"] or eos, eos, eos, _stop_ids(folder, model or {}), others)
+    assumed = tuple(name for name in ("pad", "bos") if names[name] is None)
+    controls = Controls(names["pad"] or eos, names["bos"] or eos, eos, eos, _stop_ids(folder, model or {}), others, assumed)
     template = _template(folder, config) or PLAIN_TEMPLATE
     try:
         tokenizer = Tokenizer(serialized, template, controls)

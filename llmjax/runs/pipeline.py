@@ -29,7 +29,7 @@ from llmjax.runs.start import this_start
 from llmjax.runs.workdir import CONFIG, TOKENIZER, check_workdir, in_use
 from llmjax.sharding import MeshConfig, make_mesh, use_mesh
 from llmjax.stages.base import Context, Result
-from llmjax.stages.experiment import Experiment, all_data
+from llmjax.stages.experiment import Experiment, all_data, check_lengths, check_vocabulary
 from llmjax.training import checkpoint
 from llmjax.training.metrics import MetricsLog
 from llmjax.units import text
@@ -71,6 +71,8 @@ def with_own_model(experiment: Experiment) -> Experiment:
     model = replace(own, dtype=asked.dtype, layer_loop=asked.layer_loop, remat=asked.remat)
     experiment = replace(experiment, model=model)
     validate(experiment)
+    if trained := raw.get("max_position_embeddings"):
+        check_lengths(experiment, trained, f"max_position_embeddings of {os.path.join(folder, 'config.json')}")
     return experiment
 
 
@@ -146,6 +148,7 @@ def open_context(
     """What the stages of an experiment share, its tokenizer made if it is not there yet. opened: see `read_data`."""
     place = _Shelf(workdir, experiment.seed, {} if opened is None else opened)
     tokenizer = _tokenizer(experiment, place)
+    check_vocabulary(experiment.model, tokenizer.vocab_size)
     size = experiment.model.vocab_size or tokenizer.vocab_size
     model = replace(experiment.model, vocab_size=size)
     mesh = make_mesh(experiment.mesh)
@@ -163,6 +166,7 @@ def _tokenizer(experiment: Experiment, place: _Shelf) -> Tokenizer:
     else:
         assert experiment.text is not None, "see Experiment.validate"
         tokenizer = Tokenizer.train(_documents(experiment, place), experiment.tokenizer)
+    tokenizer = tokenizer.on(experiment.date) if experiment.date else tokenizer
     tokenizer.save(directory)
     return tokenizer
 

@@ -95,7 +95,7 @@ def _held_out_prompts(context: Context, data: Data) -> tuple[Sequence[Prompt], l
         held: PromptSet = next(part for name, part in sets.items() if name != "train")
         chosen = draw(held, cfg.num_prompts, context.seed, PURPOSE)
         return [held[i] for i in chosen], [held.tokens(i) for i in chosen]
-    pairs = [(p, encode_prompt(context.tokenizer, p.messages, f"prompt {p.id}")) for p in held_out_prompts(context, data)]
+    pairs = [(p, encode_prompt(context.tokenizer, p)) for p in held_out_prompts(context, data)]
     pairs = [(prompt, ids) for prompt, ids in pairs if len(ids) <= cfg.prompt_length]
     order = np.random.default_rng([context.seed, *PURPOSE.encode()]).permutation(len(pairs))[: cfg.num_prompts]
     return [pairs[i][0] for i in order], [pairs[i][1] for i in order]

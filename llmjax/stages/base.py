@@ -133,8 +133,9 @@ class Context:
     """An experiment in its working directory, as one of its stages sees it.
 
     name: of the stage. model: with the tokenizer's vocabulary. verbose: whether this process writes to the terminal.
-    shown: what was already said, so that it is said once. opened: the data that were already read, by their config. sources:
-    what stages are trained on. pause: called now and then while a stage trains, where it is between two steps.
+    shown: what was already said, so that it is said once. opened: the data that were already read, by their config. whole:
+    folders of prepared data that were found undamaged. sources: what stages are trained on. pause: called now and then while a
+    stage trains, where it is between two steps.
     """
 
     experiment: Experiment
@@ -149,6 +150,7 @@ class Context:
     opened: dict[str, Splits] = field(default_factory=dict)
     sources: dict[str, tuple[Source, ...]] = field(default_factory=dict)
     pause: Callable[[], None] | None = None
+    whole: set[str] = field(default_factory=set)
 
     def for_stage(self, name: str) -> Context:
         """The same for another stage."""

@@ -136,6 +136,7 @@ def _to_json(ranking: Ranking) -> dict[str, Any]:
     return {
         "id": ranking.prompt.id, "prompt": messages, "answers": answers, "ranks": list(ranking.ranks),
         "scores": list(ranking.scores), "edited_from": list(ranking.edited_from), "fields": dict(ranking.prompt.fields),
+        "tools": list(ranking.prompt.tools),
     }  # fmt: skip
 
 
@@ -143,4 +144,5 @@ def _from_json(row: dict[str, Any]) -> Ranking:
     messages = tuple(Message(m.pop("role"), m.pop("content"), m) for m in row["prompt"])
     completions = tuple(Completion(a["text"], tuple(a["tokens"]), ended=a["ended"]) for a in row["answers"])
     ranks, scores, edited = (tuple(row[name]) for name in ("ranks", "scores", "edited_from"))
-    return Ranking(Prompt(row["id"], messages, row["fields"]), completions, ranks, scores, edited)
+    prompt = Prompt(row["id"], messages, row["fields"], tuple(row["tools"]))
+    return Ranking(prompt, completions, ranks, scores, edited)

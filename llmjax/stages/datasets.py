@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,14 +24,15 @@ from llmjax.data.store import Store
 from llmjax.data.template import encode_chat
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
-from llmjax.files import read_json, write_json_atomic
-from llmjax.results import Source
+from llmjax.files import SEAL, damage, read_json, seal, write_json_atomic
+from llmjax.results import Metric, Source
 from llmjax.stages.base import Context
 
 ENCODE_CHARS, ENCODE_DOCUMENTS = 2**22, 4096  # of text tokenised at once
 ENCODE_RECORDS = 256
 ASKED = 1024
 _SPLITS = "splits.json"
+_OF = "left_out_of_tokens_"  # and a number: counts the dialogues of that length that were left out
 SAY_SECONDS = 10.0
 
 
@@ -37,12 +40,13 @@ SAY_SECONDS = 10.0
 class Parts:
     """Rows of the sources that a stage's data are mixed of, by name. train: with weights. held_out: split -> rows of each.
 
-    notes: what was read, cut and left out, in words.
+    notes: what was read, cut and left out, in words; metrics: in numbers.
     """
 
     train: Mapping[str, tuple[Rows, float]]
     held_out: Mapping[str, Mapping[str, Rows]]
     notes: Sequence[str]
+    metrics: Sequence[Metric] = ()
 
 
 def text_rows(context: Context, data: Data, length: int) -> Parts:
@@ -73,42 +77,64 @@ def dialogue_rows(context: Context, data: Data, length: int) -> Parts:
 
 def _parts(context: Context, data: Data, kind: str, record: type, key: tuple, blocks, rows, masked: bool) -> Parts:
     check_kind(f"{context.name}.data", data, record)
-    train, held_out, notes, sources = {}, {}, [], []
+    train, held_out, notes, metrics, sources = {}, {}, [], [], []
     for name, (source, weight) in data.parts().items():
         folder = context.cache_path(kind, source, *key)
-        splits, note = _prepared(context, source, folder, blocks, masked)
+        splits, note = _splits(context, source, folder, blocks, masked)
+        line, numbers = _fit(splits["train"], name) if masked else ("", [])
+        notes += [f"{name + ': ' if name else ''}{line}" for line in (note, line) if line]
+        metrics += numbers
+        if line:
+            context.say(notes[-1])
         train[name] = rows(splits["train"]), weight
         for split, shards in splits.items():
             if split != "train":
                 held_out.setdefault(split, {})[name] = rows(shards)
-        notes += [f"{name + ': ' if name else ''}{line}" for line in (note, *_counted(splits["train"])) if line]
         counts, others = splits["train"].counts, [_records(one) for split, one in splits.items() if split != "train"]
         sources.append(Source(
             name, plural(record), _records(splits["train"]), len(splits["train"]), counts["bytes"], sum(others),
             counts["truncated"], counts["dropped"], note,
         ))  # fmt: skip
     context.found(data, sources)
-    return Parts(train, held_out, notes)
+    return Parts(train, held_out, notes, metrics)
 
 
-def _prepared(context: Context, source: Data, folder: str, blocks, masked: bool) -> tuple[dict[str, Shards], str]:
+def _splits(context: Context, source: Data, folder: str, blocks, masked: bool) -> tuple[dict[str, Shards], str]:
     """The shards of each split of a source, and what was found."""
-    index = os.path.join(folder, _SPLITS)
-    if not os.path.exists(index):
+
+    def make() -> dict[str, Any]:
         found = context.read(source)
         for split, records in {"train": found.train, **found.held_out}.items():
             write_shards(
                 os.path.join(folder, split), blocks(records), vocab_size=context.tokenizer.vocab_size, masked=masked,
                 progress=_progress(context, split),
             )  # fmt: skip
-        write_json_atomic(index, {"held_out": list(found.held_out), "note": found.note})
-    about = read_json(index)
+        return {"held_out": list(found.held_out), "note": found.note}
+
+    about = prepared(context, folder, make)
     return {split: Shards(os.path.join(folder, split)) for split in ("train", *about["held_out"])}, about["note"]
 
 
 def _records(shards: Shards) -> int:
     """Documents, or dialogues that were kept."""
     return shards.counts["documents"] + shards.counts["kept"]
+def prepared(context: Context, folder: str, make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `make` says of the data that it writes below `folder`, in this run or an earlier one.
+
+    It goes on where it was cut off. What is complete is sealed, and looked at again when a run begins: data that are damaged
+    are removed and made anew, and that is said.
+    """
+    index, sealed = os.path.join(folder, _SPLITS), os.path.exists(os.path.join(folder, SEAL))
+    if folder not in context.whole:
+        if sealed and (reason := damage(folder)):
+            context.say(f"the prepared data in {folder} are damaged ({reason}); they are made anew")
+            shutil.rmtree(folder)
+            sealed = False
+        if not sealed:
+            write_json_atomic(index, make())
+            seal(folder, context.experiment.checkpoint_digests)
+        context.whole.add(folder)
+    return read_json(index)
 
 
 def _progress(context: Context, split: str) -> Callable[[int], None]:
@@ -124,16 +150,26 @@ def _progress(context: Context, split: str) -> Callable[[int], None]:
     return progress
 
 
-def _counted(shards: Shards) -> list[str]:
-    """What was cut and left out, with the length that would hold most."""
-    counts, lines = shards.counts, []
-    kept, truncated, dropped = (counts.get(name, 0) for name in ("kept", "truncated", "dropped"))
-    if truncated or dropped:
-        lines.append(
-            f"of {kept + dropped:,} examples {truncated:,} are cut to length, {dropped:,} left out without a target; "
-            f"length={int(np.percentile(shards.lengths(), 99)):,} would hold 99 % of the others"
-        )
-    return lines
+def _fit(shards: Shards, source: str) -> tuple[str, list[Metric]]:
+    """How many dialogues of a source are cut to length and left out, and the length that would hold 99 % of them."""
+    kept, truncated, dropped = (shards.counts.get(name, 0) for name in ("kept", "truncated", "dropped"))
+    left_out = [(int(key.removeprefix(_OF)), count) for key, count in shards.counts.items() if key.startswith(_OF)]
+    sizes = [shards.lengths(), *(np.full(count, tokens) for tokens, count in left_out)]
+    length = int(np.percentile(np.concatenate(sizes), 99, method="higher")) - 1  # the last token is a target only
+    line = (
+        f"of {kept + dropped:,} dialogues {truncated:,} are cut to length, {dropped:,} left out since their answers begin "
+        f"behind it; length={length} would hold 99 %"
+    )
+    suffix, told = (f"/{source}" if source else ""), bool(truncated or dropped)
+    numbers = [
+        ("dialogues", kept + dropped, "Dialogues", "examples"), ("dialogues_cut", truncated, "Cut to length", "examples"),
+        ("dialogues_left_out", dropped, "Left out, too long", "examples"),
+        ("length_for_99", length, "Length that holds 99 %", "tokens"),
+    ]  # fmt: skip
+    return line if told else "", [
+        Metric(f"{name}{suffix}", value, f"{label}{': ' + source if source else ''}" if told else "", unit)
+        for name, value, label, unit in numbers
+    ]
 
 
 # ---- encoding -----------------------------------------------------------------------------------------------------
@@ -181,13 +217,16 @@ def encode_dialogues(tokenizer: Tokenizer, dialogues: Iterable[Dialogue], length
     remaining = itertools.islice(dialogues, skip, None)
     while batch := list(itertools.islice(remaining, ENCODE_RECORDS)):
         tokens, masks, lengths, truncated = [], [], [], 0
+        left_out: Counter[str] = Counter()
         for dialogue in batch:
             try:
                 chat = encode_chat(tokenizer, dialogue.messages, tools=dialogue.tools)
             except UserError as error:
                 raise UserError(f"{dialogue.id}: {error}" if dialogue.id else str(error)) from error
             clipped = clip_example(chat.tokens, chat.loss_mask, length)
-            if clipped is not None:
+            if clipped is None:
+                left_out[f"{_OF}{len(chat.tokens)}"] += 1
+            else:
                 tokens.append(clipped[0])
                 masks.append(clipped[1])
                 lengths.append(len(chat.tokens))
@@ -195,16 +234,16 @@ def encode_dialogues(tokenizer: Tokenizer, dialogues: Iterable[Dialogue], length
         empty = [np.empty(0, np.int32)]
         yield Block(
             np.concatenate(tokens or empty), len(batch), np.array(lengths, np.int32), np.concatenate(masks or empty),
-            {"kept": len(tokens), "truncated": truncated, "dropped": len(batch) - len(tokens)},
+            {"kept": len(tokens), "truncated": truncated, "dropped": len(batch) - len(tokens), **left_out},
         )  # fmt: skip
 
 
-def encode_prompt(tokenizer: Tokenizer, messages: Sequence[Message], where: str = "") -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: Prompt) -> list[int]:
     """The tokens that an answer goes on from."""
     try:
-        return encode_chat(tokenizer, messages, add_generation_prompt=True).tokens
+        return encode_chat(tokenizer, prompt.messages, tools=prompt.tools, add_generation_prompt=True).tokens
     except UserError as error:
-        raise UserError(f"{where}: {error}" if where else str(error)) from error
+        raise UserError(f"prompt {prompt.id}: {error}") from error
 
 
 def encode_answer(tokenizer: Tokenizer, prompt: Prompt, prompt_tokens: Sequence[int], completion: Completion) -> list[int]:
@@ -213,7 +252,7 @@ def encode_answer(tokenizer: Tokenizer, prompt: Prompt, prompt_tokens: Sequence[
         return list(completion.tokens)
     messages = (*prompt.messages, Message("assistant", completion.text))
     try:
-        chat = encode_chat(tokenizer, messages)
+        chat = encode_chat(tokenizer, messages, tools=prompt.tools)
     except UserError as error:
         raise UserError(f"prompt {prompt.id}: {error}") from error
     start = len(prompt_tokens)
@@ -269,13 +308,14 @@ def prompt_sets(context: Context, data: Data, length: int) -> dict[str, PromptSe
     """The prompts of each split that fit `length` tokens. Raises UserError if none of a split does."""
     check_kind(f"{context.name}: prompts", data, Prompt)
     folder = context.cache_path("prompts", data, length)
-    index = os.path.join(folder, _SPLITS)
-    if not os.path.exists(index):
+
+    def make() -> dict[str, Any]:
         found = context.read(data)
         for split, prompts in {"train": found.train, **found.held_out}.items():
             _write_prompts(context, prompts, length, os.path.join(folder, split), split)
-        write_json_atomic(index, {"held_out": list(found.held_out), "note": found.note})
-    about = read_json(index)
+        return {"held_out": list(found.held_out), "note": found.note}
+
+    about = prepared(context, folder, make)
     sets = {split: PromptSet(os.path.join(folder, split)) for split in ("train", *about["held_out"])}
     train, others = sets["train"], [len(prompts) for split, prompts in sets.items() if split != "train"]
     context.found(data, [
@@ -291,10 +331,15 @@ def held_out_prompts(context: Context, data: Data) -> list[Prompt]:
     """The first held-out prompts of dialogues or rankings, at most ASKED of each source: up to the assistant's first turn."""
     found: list[Prompt] = []
     for source, _ in data.parts().values():
-        path = os.path.join(context.cache_path("asked", source), "prompts.jsonl")
-        if not os.path.exists(path):
+        folder = context.cache_path("asked", source)
+        path = os.path.join(folder, "prompts.jsonl")
+
+        def make(source: Data = source, path: str = path) -> dict[str, Any]:
             records = next(iter(context.read(source).held_out.values()))
             Store.write(path, map(_prompt_to_json, itertools.islice(_prompts_of(records), ASKED)))
+            return {}
+
+        prepared(context, folder, make)
         store = Store(path)
         found += [_prompt_from_json(store[i]) for i in range(len(store))]
     return found
@@ -307,17 +352,17 @@ def _prompts_of(records: Iterable[Any]) -> Iterator[Prompt]:
         elif isinstance(record, Dialogue):
             first = next(i for i, message in enumerate(record.messages) if message.role == "assistant")
             if first:
-                yield Prompt(record.id, record.messages[:first])
+                yield Prompt(record.id, record.messages[:first], {}, record.tools)
 
 
 def _prompt_to_json(prompt: Prompt) -> dict[str, Any]:
     messages = [{**m.extra, "role": m.role, "content": m.content} for m in prompt.messages]
-    return {"id": prompt.id, "messages": messages, "fields": dict(prompt.fields)}
+    return {"id": prompt.id, "messages": messages, "fields": dict(prompt.fields), "tools": list(prompt.tools)}
 
 
 def _prompt_from_json(record: dict[str, Any]) -> Prompt:
     messages = tuple(Message(m.pop("role"), m.pop("content"), m) for m in record["messages"])
-    return Prompt(record["id"], messages, record["fields"])
+    return Prompt(record["id"], messages, record["fields"], tuple(record["tools"]))
 
 
 def _write_prompts(context: Context, prompts: Iterable[Prompt], length: int, folder: str, split: str) -> None:
@@ -327,7 +372,7 @@ def _write_prompts(context: Context, prompts: Iterable[Prompt], length: int, fol
 
     def kept() -> Iterator[tuple[Prompt, list[int]]]:
         for prompt in prompts:
-            tokens = encode_prompt(context.tokenizer, prompt.messages, f"prompt {prompt.id}")
+            tokens = encode_prompt(context.tokenizer, prompt)
             longest.append(len(tokens))
             if len(tokens) <= length:
                 yield prompt, tokens
@@ -414,14 +459,15 @@ def ranking_rows(context: Context, data: Data, length: int) -> tuple[dict[str, R
     and rankings of which fewer than two remain. Raises UserError if none is left."""
     check_kind(f"{context.name}.data", data, Ranking)
     folder = context.cache_path("rankings", data, length)
-    index = os.path.join(folder, _SPLITS)
-    if not os.path.exists(index):
+
+    def make() -> dict[str, Any]:
         found = context.read(data)
         most = 2
         for split, rankings in {"train": found.train, **found.held_out}.items():
             most = max(most, _write_rankings(context, rankings, length, os.path.join(folder, split), split))
-        write_json_atomic(index, {"held_out": list(found.held_out), "note": found.note, "k": most})
-    about = read_json(index)
+        return {"held_out": list(found.held_out), "note": found.note, "k": most}
+
+    about = prepared(context, folder, make)
     splits = ("train", *about["held_out"])
     rows = {s: RankingRows(os.path.join(folder, s), length, context.tokenizer.pad_id, about["k"]) for s in splits}
     shards = Shards(os.path.join(folder, "train", "tokens"))
@@ -435,6 +481,7 @@ def ranking_rows(context: Context, data: Data, length: int) -> tuple[dict[str, R
             f"{counts.get('answers_dropped', 0):,} answers of more than length={length} tokens are left out, and "
             f"{counts.get('dropped', 0):,} of {len(rows['train']) + counts.get('dropped', 0):,} rankings"
         )
+        context.say(notes[-1])
     return rows, notes
 
 
@@ -446,7 +493,7 @@ def _write_rankings(context: Context, rankings: Iterable[Ranking], length: int, 
         """One for each ranking; those that are written already are only entered once more."""
         entries.clear()
         for number, ranking in enumerate(rankings):
-            prompt = encode_prompt(tokenizer, ranking.prompt.messages, f"prompt {ranking.prompt.id}")
+            prompt = encode_prompt(tokenizer, ranking.prompt)
             answers = [encode_answer(tokenizer, ranking.prompt, prompt, completion) for completion in ranking.completions]
             kept = [i for i, answer in enumerate(answers) if len(prompt) + len(answer) <= length]
             counts = {"answers_dropped": len(answers) - len(kept), "dropped": int(len(kept) < 2)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -51,7 +52,8 @@ class Experiment:
     stages: by name, in the order in which they run. model: its shape; that of a Hugging Face folder where a stage starts from
     one. tokenizer: as it is trained, where none is given by such a folder. seed: the root of all randomness.
     checkpoint_seconds: between two saves of a stage. checkpoint_digests: a checkpoint is written with the SHA-256 of its files
-    and checked when it is read; false for huge ones, whose sizes alone are checked.
+    and checked when it is read, and so are prepared data; false for huge ones, whose sizes alone are checked. date: what a
+    chat template is told of the day by strftime_now, "2026-01-31"; "" tells it the day on which it is rendered.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Experiment:
     evaluation: Evaluation = Evaluation()
     checkpoint_seconds: PositiveFloat = 30.0
     checkpoint_digests: bool = True
+    date: str = ""
 
     def validate(self) -> None:
         if not self.stages:
@@ -72,6 +75,7 @@ class Experiment:
                 known = " and ".join(RESERVED)
                 raise UserError(f"stages: {name!r} is no name for a stage; use letters, digits, - and _, but not {known}")
         self._validate_links()
+        self._validate_date()
         if len(self.hf_folders) > 1:
             raise UserError(f"one experiment has one model, but its stages start from {' and '.join(self.hf_folders)}")
         check_batch("evaluation.batch_size", self.evaluation.batch_size, self.mesh)
@@ -81,8 +85,21 @@ class Experiment:
             )
         for name, stage in self.stages.items():
             stage.check(self, name)
-        if not self.hf_folders and self.text is None:
+        if not self.hf_folders:
+            self._validate_own_model()
+
+    def _validate_own_model(self) -> None:
+        if self.text is None:
             raise UserError("no stage has text to train a tokenizer on; start from hf:FOLDER, or with pre-training")
+        check_vocabulary(self.model, self.tokenizer.size)
+        if (rope := self.model.rope_scaling) is not None:
+            check_lengths(self, int(rope.factor * rope.original_length), "model.rope_scaling.factor * original_length")
+
+    def _validate_date(self) -> None:
+        try:
+            datetime.date.fromisoformat(self.date or "2000-01-01")
+        except ValueError as error:
+            raise UserError(f"date={self.date!r} is no day; write it as 2026-01-31") from error
 
     def _validate_links(self) -> None:
         earlier: dict[str, Stage] = {}
@@ -124,6 +141,35 @@ class Experiment:
     def only(self, *names: str) -> Experiment:
         """The experiment with these stages alone."""
         return dataclasses.replace(self, stages={name: self.stages[name] for name in names})
+
+
+def check_vocabulary(model: ModelConfig, tokens: int) -> None:
+    """Raises UserError if a tokenizer has more `tokens` than the model has embeddings."""
+    if 0 < model.vocab_size < tokens:
+        size = f"model.vocab_size={model.vocab_size}"
+        raise UserError(f"{size} is less than the tokenizer's {tokens} tokens; raise it, or 0 for as many as there are")
+
+
+def check_lengths(experiment: Experiment, most: int, what: str) -> None:
+    """Raises UserError if a stage or the evaluation asks for longer texts than the `most` tokens that the model is made for;
+    what: says who names that number."""
+    asks = any(stage.makes == "language" and stage.chats for stage in experiment.stages.values())
+    for name, config in (experiment.stages | ({"evaluation": experiment.evaluation} if asks else {})).items():
+        for where, tokens in _lengths(config, name):
+            if tokens > most:
+                raise UserError(f"{where}={tokens} is more than the {most} that the model is made for ({what}); lower it")
+
+
+def _lengths(config: Any, where: str) -> Iterator[tuple[str, int]]:
+    """The lengths of all texts below a config, in tokens, with their names: of windows, of prompts with their answers."""
+    fields = dict(children(config))
+    if isinstance(length := fields.get("length"), int):
+        yield f"{where}.length", length
+    if isinstance(prompt := fields.get("prompt_length"), int):
+        answer = fields.get("max_new_tokens", getattr(fields.get("sampling"), "max_new_tokens", None))
+        yield f"{where}.prompt_length{' + max_new_tokens' if answer else ''}", prompt + (answer or 0)
+    for name, value in fields.items():
+        yield from _lengths(value, f"{where}.{name}")
 
 
 RESERVED = ("data", "tokenizer")  # folders of a workdir beside those of stages

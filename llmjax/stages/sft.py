@@ -128,7 +128,7 @@ class SFT(Stage):
             for m in scored if m.unit == "%" and m.baseline is not None
         ]  # fmt: skip
         return trained.result(
-            params=final, adapter=adapter, metrics=[*metrics, *scored, *tuned.metrics()],
+            params=final, adapter=adapter, metrics=[*metrics, *scored, *tuned.metrics(), *parts.metrics],
             figures=[loss_figure("nats per answer token"), *bars, speed_figure(), *expert_figures(model)],
             samples=asked.samples(answers),
         )  # fmt: skip

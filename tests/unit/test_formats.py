@@ -1,5 +1,6 @@
 """llmjax.data.formats, as files are read: the records that people keep, and one line for each that is wrong."""
 
+import csv
 import dataclasses
 import gzip
 import json
@@ -659,11 +660,85 @@ def test_bad_files_are_one_line(tmp_path, cls, good):
     (tmp_path / "d.jsonl").write_text("\n \n")
     fails(r"d\.jsonl: holds no record", cls, tmp_path / "d.jsonl")
     (tmp_path / "e.txt").write_text("Hi")
-    fails(r"e\.txt: unknown suffix; files are read as \.jsonl, \.jsonl\.gz, \.parquet", cls, tmp_path / "e.txt")
+    fails(r"e\.txt: unknown suffix; files are read as \.jsonl, \.json, \.csv, \.parquet, also", cls, tmp_path / "e.txt")
     fails("matches no file", cls, tmp_path / "f.jsonl")
     fails("is a folder", cls, tmp_path)
     (tmp_path / "g.jsonl").write_bytes(json.dumps(good).encode("utf-16"))
     fails(r"g\.jsonl:1: not UTF-8", cls, tmp_path / "g.jsonl")
+
+
+CSV = {
+    Dialogues: (["prompt", "completion"], ["Hi", "Hello,\n\"you\"!"],
+                Dialogue(talk("user: Hi", 'assistant: Hello,\n"you"!'))),
+    Prompts: (["id", "question", "answer"], ["7", "1 + 1?", "2"],
+              Prompt("7", user("1 + 1?"), {"id": "7", "answer": "2"})),
+    Rankings: (["prompt", "chosen", "rejected"], ["Hi", "a", "b"], ranking(user("Hi"), "ab", (0, 1), id="a.csv:3")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("cls", CSV)
+def test_columns_of_csv_are_fields(tmp_path, cls):
+    header, row, item = CSV[cls]
+    with open(tmp_path / "a.csv", "w", newline="", encoding="utf-8-sig") as file:
+        writer = csv.writer(file)
+        writer.writerows([header, [], row, row])
+    found, note = everything(cls, tmp_path / "a.csv")
+    assert found[0] == item and len(found) == 2 and note.startswith("2 ")
+
+
+@pytest.mark.parametrize(("cls", "good"), [(Dialogues, {"messages": SAID}), (Prompts, {"prompt": "Hi"}),
+                                           (Rankings, {"prompt": "Hi", "ranking": ["a", "b"]})])  # fmt: skip
+def test_lists_in_json_are_records(tmp_path, cls, good):
+    write(tmp_path / "a.jsonl", [good] * 3)
+    (tmp_path / "b.json").write_text(json.dumps([good] * 3, indent=1))
+    one, other = (everything(cls, tmp_path / name)[0] for name in ("a.jsonl", "b.json"))
+    without = [str(item).replace("b.json record ", "a.jsonl:") for item in other]
+    assert without == [str(item) for item in one]
+    (tmp_path / "b.json").write_text(json.dumps([good, 3]))
+    fails(r"b\.json record 2: a int, not an object", cls, tmp_path / "b.json")
+
+
+# ---- skipping what is wrong ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("place", [0, 7, 19])
+@pytest.mark.parametrize(
+    "wrong", [b'{"prompt": ', b"[1]", b'{"a": "\xff"}', b'{"foo": 1}', b'{"prompt": 3, "completion": "x"}']
+)
+def test_bad_records_are_skipped_and_told(tmp_path, wrong, place):
+    lines = [json.dumps({"prompt": f"{i}", "completion": f"{i}"}).encode() for i in range(20)]
+    lines[place] = wrong
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    first = fails(rf"^.*/a\.jsonl:{place + 1}: ", Dialogues, tmp_path / "a.jsonl")
+    found, note = everything(Dialogues, tmp_path / "a.jsonl", skip_bad=True)
+    assert [dialogue.messages[0].content for dialogue in found] == [f"{i}" for i in range(20) if i != place]
+    if wrong == b'{"foo": 1}':  # once the format is known, the fields are compared with that
+        first = f"{tmp_path / 'a.jsonl'}:{place + 1}: not of format prompt/completion, prompt, completion; it has foo"
+    skipped = f"1 bad record skipped, the first is {first}"
+    assert note == f"19 dialogues of {tmp_path / 'a.jsonl'}, format prompt/completion, {skipped}; validation: {skipped}"
+    splits = Dialogues(str(tmp_path / "a.jsonl"), skip_bad=True).read(None)
+    assert len(list(splits.train)) + len(list(splits.held_out["validation"])) == 19 and splits.note.endswith(skipped)
+
+
+@pytest.mark.parametrize(("bad", "good", "fine"), [(1, 9, True), (2, 17, False), (2, 18, True), (5, 0, False), (1, 1, False)])
+def test_more_than_a_tenth_is_too_much(tmp_path, bad, good, fine):
+    lines = ["{"] * bad + [json.dumps({"prompt": f"{i}"}) for i in range(good)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    if fine:
+        assert len(everything(Prompts, tmp_path / "a.jsonl", skip_bad=True)[0]) == good
+    elif good:
+        told = rf"^path=.*: {bad} of {good + bad} records are bad, more than the 10% that are skipped; the first is .*:1: not"
+        fails(told, Prompts, tmp_path / "a.jsonl", skip_bad=True)
+        write(tmp_path / "b.jsonl", [{"prompt": "a"}, {"prompt": "b"}])
+        fails(told, Prompts, tmp_path / "b.jsonl", skip_bad=True, validation_path=str(tmp_path / "a.jsonl"))
+    else:
+        fails(r"a\.jsonl:1: not JSON", Prompts, tmp_path / "a.jsonl", skip_bad=True)
+
+
+def test_a_record_that_a_format_leaves_out_is_not_bad(tmp_path):
+    path = write(tmp_path / "a.jsonl", [*QA, *[{"q": "q", "a": "?"}] * 6])
+    found, note = everything(Dialogues, path, format=from_q_and_a, skip_bad=True)
+    assert len(found) == 4 and note == f"4 dialogues of {path}, format from_q_and_a, 6 left out"
 
 
 def test_a_bad_row_of_parquet_is_named(tmp_path):

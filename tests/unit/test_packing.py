@@ -229,12 +229,12 @@ def test_what_is_cut_and_left_out_of_dialogues_is_counted():
     # <bos> <user> a... <end> <assistant> b... <end>: five tokens more than the letters.
     dialogues = [dialogue(2, 3), dialogue(2, 4), dialogue(2, 30), dialogue(7, 1), dialogue(6, 1)]
     (block,) = encode_dialogues(tokenizer, dialogues, length=10)
-    assert dict(block.counts) == {"kept": 4, "truncated": 2, "dropped": 1} and block.consumed == 5
+    assert dict(block.counts) == {"kept": 4, "truncated": 2, "dropped": 1, "left_out_of_tokens_13": 1} and block.consumed == 5
     assert block.lengths.tolist() == [10, 11, 37, 12]
     assert len(block.tokens) == len(block.loss_mask) == 10 + 11 + 11 + 11
     assert block.loss_mask.tolist() == [*[0] * 6, *[1] * 4, *[0] * 6, *[1] * 5, *[0] * 6, *[1] * 5, *[0] * 10, 1]
     (rest,) = encode_dialogues(tokenizer, dialogues, length=10, skip=3)
-    assert dict(rest.counts) == {"kept": 1, "truncated": 1, "dropped": 1}
+    assert dict(rest.counts) == {"kept": 1, "truncated": 1, "dropped": 1, "left_out_of_tokens_13": 1}
 
 
 def test_a_dialogue_that_cannot_be_written_is_named():

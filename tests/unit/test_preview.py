@@ -101,7 +101,7 @@ def test_dialogues_of_a_file(capsys, tmp_path):
     shown = sections(capsys.readouterr().out)["sft"]
     assert f"6 dialogues of {path}, format messages" in shown
     # 4 bytes of control tokens, the question, the answer and its end.
-    assert "of 5 examples 1 are cut to length, 1 left out without a target" in shown
+    assert "of 5 dialogues 1 are cut to length, 1 left out since their answers begin behind it; length=" in shown
     # Each dialogue begins with a <|endoftext|> of its own, also behind another one in its window.
     whole = [("hi", "hello"), ("one", "two three"), ("and", "so on"), ("six", "[[6]]")]
     assert [turn(*pair) for pair in whole if turn(*pair) not in shown] == [turn("hi", "hello")]  # that is held out

@@ -13,10 +13,13 @@ import pytest
 from llmjax import config
 from llmjax.data import reading, sources
 from llmjax.data.base import First, Mixture
+from llmjax.data.packing import StreamRows
 from llmjax.data.reading import TFDSRecords
+from llmjax.data.shards import write_shards
 from llmjax.data.sources import Piece, Text
 from llmjax.data.tokenizer import Controls, Tokenizer, TokenizerConfig
 from llmjax.errors import UserError
+from llmjax.interop.hf_tokenizer import read_tokenizer
 from llmjax.stages import datasets
 from llmjax.stages.datasets import encode_text
 
@@ -78,6 +81,7 @@ def test_what_is_read_follows_from_what_is_given(tmp_path):
         ({"path": "a.txt", "validation_fraction": 1.0}, "validation_fraction=1.0"),
         ({}, "path is empty; give the path of your files, a glob, or the name of a TFDS data set"),
         ({"name": "pg19", "validation_path": "a.txt"}, "validation_path=a.txt goes with files only"),
+        ({"name": "pg19", "skip_bad": True}, "skip_bad goes with files only"),
         ({"path": "a.txt", "text_key": ""}, "text_key is empty"),
         ({"path": "a.txt", "document_separator": "words"}, "document_separator='words'"),
     ],
@@ -139,8 +143,8 @@ def test_bad_text_files(tmp_path):
     fails(tmp_path / "c.txt.gz", r"c\.txt\.gz: not a whole gzip file")
     (tmp_path / "d.txt").write_text(" \n")
     fails(tmp_path / "d.txt", "the corpus is empty")
-    (tmp_path / "e.csv").write_text("a,b")
-    fails(tmp_path / "e.csv", r"e\.csv: unknown suffix; files are read as \.txt, ")
+    (tmp_path / "e.doc").write_text("a,b")
+    fails(tmp_path / "e.doc", r"e\.doc: unknown suffix; files are read as \.txt, \.md, \.jsonl, ")
     (tmp_path / "f.txt").write_text("one line\n")
     fails(tmp_path / "f.txt", "the corpus has no (train|validation) text; give more text", document_separator="lines")
 
@@ -163,6 +167,21 @@ def test_globs_that_match_nothing(tmp_path):
     fails(tmp_path / "no" / "*.txt", "matches no file; there is no folder")
     fails(tmp_path, r"is a folder; name its files")
     fails(tmp_path / "corpus.txt", "validation_path=nothing matches no file", validation_path="nothing")
+
+
+def test_a_comma_may_be_part_of_a_name(tmp_path):
+    for name, letter in (("a, b.txt", "A"), ("c.txt", "C"), ("d,e,f.txt", "D"), ("x[1].txt", "X"), ("y,.txt", "Y")):
+        (tmp_path / name).write_text(letter * 10)
+    whole = {"validation_path": str(tmp_path / "c.txt")}
+
+    def found(pattern):
+        return [text[0] for text in read(pattern, **whole)[0]]
+
+    assert found(tmp_path / "a, b.txt") == ["A"]
+    assert found(f"{tmp_path / 'c.txt'},{tmp_path / 'd,e,f.txt'}, {tmp_path / 'a, b.txt'},") == ["A", "C", "D"]
+    assert found(tmp_path / "?,?,?.txt") == ["D"] and found(tmp_path / "y,*.txt") == ["Y"]
+    assert found(tmp_path / "x[1].txt") == ["X"]
+    fails(f"{tmp_path / 'c.txt'},{tmp_path / 'g,h.txt'}", r"path=.*/g matches no file; ")
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root reads every file")
@@ -297,6 +316,17 @@ def test_a_resume_goes_on_within_a_document(pieces, tokenizer, monkeypatch, own_
     assert list(encode_text(tokenizer, documents, skip)) == []
 
 
+def test_documents_of_a_folder_whose_bos_and_eos_differ_end_in_eos(tmp_path):
+    (tmp_path / "tokenizer.json").write_text(Tokenizer.train([], TokenizerConfig(kind="byte"))._serialized)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<|user|>", "eos_token": "<|endoftext|>"}))
+    own = read_tokenizer(str(tmp_path))
+    shards = write_shards(tmp_path / "shards", lambda skip: encode_text(own, ["ab", "c"], skip), vocab_size=own.vocab_size)
+    row = {k: v[0].tolist() for k, v in StreamRows(
+        shards, 8, bos_id=own.bos_id, eos_id=own.eos_id, pad_id=own.pad_id)[np.array([0])].items()}  # fmt: skip
+    learnt = [token for token, on in zip(row["targets"], row["loss_mask"]) if on]
+    assert learnt == [*own.encode("ab"), own.eos_id, *own.encode("c"), own.eos_id] and own.eos_id != own.bos_id
+
+
 def split_at(ids, token):
     parts = []
     for one in ids:
@@ -318,6 +348,92 @@ def test_records_are_split_by_document(tmp_path, name):
     assert validation == texts[4::5]
     assert sorted(train + validation) == sorted(texts)
     assert len(read(tmp_path / name, text_key="body", validation_fraction=0.001)[1]) == 1
+
+
+def packed(path, data):
+    """Writes bytes, compressed as the name says; .zst in two frames, as parallel compressors leave them."""
+    if path.suffix == ".zst":
+        pyarrow = pytest.importorskip("pyarrow")
+        data = b"".join(pyarrow.compress(part, "zstd", asbytes=True) for part in (data[:9], data[9:]))
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+
+
+BODIES = [f"document {i} é, \"{i}\"\n{i}" for i in range(25)]
+WRITTEN = {
+    "jsonl": "".join(json.dumps({"body": text}) + "\n" for text in BODIES),
+    "json": json.dumps([{"id": 1, "body": text} for text in BODIES], indent=2),
+    "lines.json": "".join(json.dumps({"body": text}) + "\n" for text in BODIES),
+    "csv": "\ufeffid, body\r\n" + "".join(f'7,"{text.replace(chr(34), chr(34) * 2)}"\r\n' for text in BODIES),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("packing", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", WRITTEN)
+def test_records_of_every_kind_of_file(tmp_path, kind, packing):
+    path = tmp_path / f"a.{kind}{packing}"
+    packed(path, WRITTEN[kind].encode())
+    train, validation = read(path, text_key="body", validation_fraction=0.2)
+    assert validation == BODIES[4::5] and sorted(train + validation) == sorted(BODIES)
+    whole = path.read_bytes()
+    if packing:
+        path.write_bytes(whole[:-12])
+        fails(path, rf"a\.{kind}\{packing}: not a whole {'gzip' if packing == '.gz' else 'zst'} file", text_key="body")
+        path.write_bytes(b"plain text")
+        fails(path, rf"a\.{kind}\{packing}: not a whole", text_key="body")
+
+
+@pytest.mark.parametrize("name", ["a.md", "a.MD", "a.md.gz", "a.txt.zst", "a.md.zst"])
+def test_plain_text_of_every_kind_of_file(tmp_path, name):
+    packed(tmp_path / name, ("# é\n\n" + "x" * 93).encode())
+    assert read(tmp_path / name, validation_fraction=0.5) == (["# é\n\n" + "x" * 44], ["x" * 49])
+
+
+@pytest.mark.parametrize(("text", "error"), [
+    ('[{"text": "a"},\n{"text": }]', r"a\.json:2: not JSON \(Expecting value\); mend the file"),
+    ('[{"text": "a"}, 7]', r"a\.json record 2: a int, not an object"),
+    ('[{"text": "a"}, {"txt": "b"}]', r"a\.json record 2: no field 'text'; did you mean 'txt'"),
+    ('{\n "data": [\n', r"a\.json:1: not JSON \(.*\); write a list of records, or one object a line"),
+    ("[" * 100_000, r"a\.json:1: not JSON"), (b'["\xff"]', r"a\.json: not UTF-8 \(byte 2\)"), ("[]", "the corpus is empty"),
+])  # fmt: skip
+def test_bad_json(tmp_path, text, error):
+    (tmp_path / "a.json").write_bytes(text if isinstance(text, bytes) else text.encode())
+    fails(tmp_path / "a.json", error)
+
+
+@pytest.mark.parametrize(("text", "error"), [
+    ("id,text\n1,a\n2\n", r"a\.csv:3: 1 values for the 2 columns of the header; mend the row"),
+    ("id,text\n1,a\n2,b,c\n", r"a\.csv:3: 3 values for the 2 columns"),
+    ('id,text\n1,"a\nb\nc"\n2\n', r"a\.csv:5: 1 values"),
+    ('id,text\n1,"a"b\n2,c\n', r"a\.csv:2: not CSV \(.*\); mend the quotes"),
+    ('id,text\n1,"a\n2,b\n', r"a\.csv:2: not CSV \(unexpected end of data\)"),
+    ("id,text\n1,a\rb\n", r"a\.csv:2: not CSV"), ("id,id\n1,a\n", r"a\.csv:1: the first row must name each .*'id'"),
+    ("id,,text\n1,2,a\n", r"a\.csv:1: the first row must name each column once, in UTF-8; '' does not"),
+    (b"id,text\n1,\xff\n", r"a\.csv:2: not UTF-8"), (b"id,\xff\n1,a\n", r"a\.csv:1: the first row"),
+    ("id,txt\n1,a\n", r"a\.csv:2: no field 'text'; did you mean 'txt'"), ("id,text\n", "the corpus is empty"), ("", "is empty"),
+])  # fmt: skip
+def test_bad_csv(tmp_path, text, error):
+    (tmp_path / "a.csv").write_bytes(text if isinstance(text, bytes) else text.encode())
+    fails(tmp_path / "a.csv", error)
+
+
+def test_bad_documents_are_skipped_and_told(tmp_path):
+    lines = [json.dumps({"text": f"{i}"}) for i in range(40)]
+    lines[3], lines[20] = '{"text": 3}', "{"
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    fails(tmp_path / "a.jsonl", r"a\.jsonl:4: 'text' is a int")
+    wrong = f"{tmp_path / 'a.jsonl'}:4: 'text' is a int, not text; set text_key or mend it"
+    skipped = f"2 bad records skipped, the first is {wrong}"
+    splits = splits_of(tmp_path / "a.jsonl", skip_bad=True)
+    assert sorted([*splits.train, *splits.held_out["validation"]], key=int) == [f"{i}" for i in range(40) if i not in (3, 20)]
+    assert splits.note == skipped and splits_of(tmp_path / "a.jsonl", skip_bad=True, text_key="text").note == skipped
+    (tmp_path / "b.csv").write_text("text\n" + "".join(f"{i}\n" for i in range(18)) + '1,2\n"a"b\n')
+    assert splits_of(tmp_path / "b.csv", skip_bad=True).note.startswith("2 bad records skipped, the first is ")
+    both = splits_of(tmp_path / "a.jsonl", skip_bad=True, validation_path=str(tmp_path / "b.csv"))
+    assert both.note.startswith(f"{skipped}; 2 bad records skipped, the first is {tmp_path / 'b.csv'}:20: 2 values")
+    (tmp_path / "b.csv").write_text("text\n" + "".join(f"{i}\n" for i in range(17)) + '1,2\n"a"b\n')
+    fails(tmp_path / "b.csv", "path=.*: 2 of 19 records are bad, more than the 10% that are skipped; the", skip_bad=True)
+    (tmp_path / "c.csv").write_text('text\n' + "x\n" * 20 + '"a\n' + "y\n" * 200)  # nobody knows how much that quote holds
+    fails(tmp_path / "c.csv", r"c\.csv:22: not CSV \(unexpected end of data\)", skip_bad=True)
 
 
 def test_blank_lines_and_empty_texts_are_left_out(tmp_path):

@@ -1,5 +1,7 @@
 """llmjax.data.template: tokens, loss mask, prefix property, injection."""
 
+import datetime
+import json
 import random
 
 import pytest
@@ -8,6 +10,7 @@ from llmjax.data.records import ROLES, Message
 from llmjax.data.template import DEFAULT_TEMPLATE, encode_chat
 from llmjax.data.tokenizer import SPECIAL_TOKENS, Tokenizer, TokenizerConfig
 from llmjax.errors import UserError
+from llmjax.interop.hf_tokenizer import read_tokenizer
 
 
 def messages_of(*turns):
@@ -268,6 +271,80 @@ def test_the_default_template_knows_the_roles_that_have_a_token(tokenizer):
     for role in ROLES:
         known = f"<|{role}|>" in SPECIAL_TOKENS
         assert known == (f'"{role}"' in DEFAULT_TEMPLATE) == (role in ("system", "user", "assistant"))
-        if not known:
-            with pytest.raises(UserError, match=f"chat template: unknown role {role}; mend the dialogue or the template"):
-                encode_chat(tokenizer, [Message(role, "x")])
+    with pytest.raises(UserError, match="chat template: unknown role tool; mend the dialogue or the template"):
+        encode_chat(tokenizer, [Message("tool", "x")])
+
+
+def test_a_developer_is_shown_as_the_template_knows_him(tokenizer):
+    dialogue = messages_of("developer: Be kind.", "user: Hi", "assistant: Hello!")
+    as_system = encode_chat(tokenizer, messages_of("system: Be kind.", "user: Hi", "assistant: Hello!"))
+    assert encode_chat(tokenizer, dialogue) == as_system
+    knows = with_template(tokenizer, "{% if messages[0].role == 'developer' %}#{% endif %}" + CHATML)
+    assert tokenizer.decode(encode_chat(knows, dialogue).tokens).startswith("#<|developer|>Be kind.<|end|>")
+
+
+# ---- what a template may ask for -----------------------------------------------------------------------------------
+
+ASKS = (
+    "{{ strftime_now('%d %b %Y %H:%M') }} {% if tools is none and documents is none %}none{% endif %} "
+    "{{ bos_token }}{{ eos_token }}{{ unk_token }}{{ pad_token }}" + CHATML
+)
+
+
+def saved(tokenizer, folder, template, **names):
+    """A Hugging Face folder with this tokenizer, that names these control tokens."""
+    folder.mkdir()
+    (folder / "tokenizer.json").write_text(tokenizer._serialized, encoding="utf-8")
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    config |= {f"{name}_token": token for name, token in names.items()}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+    return read_tokenizer(str(folder))
+
+
+@pytest.mark.parametrize(("names", "told"), [
+    ({"eos": "<|end|>"}, "<|end|>"), ({"bos": None, "eos": "<|end|>", "pad": "<|pad|>"}, "<|end|><|pad|>"),
+    ({"bos": "<|user|>", "eos": "<|end|>", "unk": "<|system|>", "pad": "<|pad|>"}, "<|user|><|end|><|system|><|pad|>"),
+])  # fmt: skip
+def test_a_template_is_told_the_tokens_that_the_model_has(tokenizer, tmp_path, names, told):
+    own = saved(tokenizer, tmp_path / "hf", ASKS, **names).on("2026-01-31")
+    own.save(tmp_path / "own")
+    for one in (own, Tokenizer.load(tmp_path / "own")):
+        text = tokenizer.decode(encode_chat(one, DIALOGUE[1:2]).tokens)
+        assert text == f"31 Jan 2026 00:00 none {told}<|user|>Hi<|end|>\n"
+        assert one.bos_id == tokenizer.encode_template(names.get("bos") or "<|end|>")[0]
+
+
+@pytest.mark.parity
+def test_a_template_is_told_what_transformers_tells_it(tokenizer, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    template = ASKS.replace("%d %b %Y %H:%M", "%d %b %Y")
+    for number, names in enumerate(({"eos": "<|end|>"}, {"bos": "<|user|>", "eos": "<|end|>", "pad": "<|pad|>"})):
+        own = saved(tokenizer, tmp_path / f"{number}", template, **names)
+        theirs = transformers.AutoTokenizer.from_pretrained(str(tmp_path / f"{number}"), local_files_only=True)
+        want = theirs.apply_chat_template([{"role": "user", "content": "Hi"}], return_dict=True)["input_ids"]
+        assert encode_chat(own, DIALOGUE[1:2]).tokens == list(want)
+
+
+def test_the_date_is_today_or_the_one_that_is_set(tokenizer):
+    template = "{{ strftime_now('%Y-%m-%d') }}" + CHATML
+    own = with_template(tokenizer, template)
+    before = datetime.date.today()
+    text = tokenizer.decode(encode_chat(own, DIALOGUE[:1]).tokens)
+    assert before <= datetime.date.fromisoformat(text.split("<")[0]) <= datetime.date.today()
+    assert own.on("2024-02-29").fingerprint() != own.fingerprint() == with_template(tokenizer, template).fingerprint()
+    assert own.on("2024-02-29").now("%d/%m/%y") == "29/02/24"
+
+
+def test_eos_in_front_of_the_user_and_another_end_of_turn(tokenizer, tmp_path):
+    """The eos of the template is that of the tokenizer, whatever ends a turn."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}{{ eos_token }}{% endif %}"
+        "<|user|>{{ m.role }}\n{{ m.content }}<|end|>\n{% endfor %}{% if add_generation_prompt %}<|user|>assistant\n{% endif %}"
+    )
+    own = saved(tokenizer, tmp_path / "hf", template, eos="<|endoftext|>")
+    tokens, mask = encode_chat(own, DIALOGUE[1:])
+    turn = "<|endoftext|><|user|>user\n{}<|end|>\n<|user|>assistant\n{}<|end|>\n"
+    assert tokenizer.decode(tokens) == turn.format("Hi", "Hello!") + turn.format("Bye", "See you.")
+    assert [tokenizer.decode(tokens[a:b]) for a, b in spans(mask)] == ["Hello!<|end|>", "See you.<|end|>"]
+    assert own.end_of_turn_id == tokenizer.end_of_turn_id and own.eos_id == tokenizer.eos_id
+    assert own.stop_ids == tuple(sorted({own.eos_id, own.end_of_turn_id}))

@@ -7,19 +7,28 @@ import pathlib
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+import tiny
 
 from llmjax.commands import base, train
 from llmjax.config import apply_overrides, load_experiment, to_dict, to_json
+from llmjax.data.tokenizer import Tokenizer, TokenizerConfig
 from llmjax.errors import UserError
+from llmjax.interop.hf_folder import save_params
+from llmjax.models.config import ModelConfig
 from llmjax.runs import pipeline
+from llmjax.training.metrics import MetricsLog
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
 EXPERIMENTS = REPOSITORY / "experiments"
 QUICKSTART = f"--config={EXPERIMENTS / 'quickstart.py'}"
 TEXT = f"--config={EXPERIMENTS / 'pretrain_text.py'}:test"
 STUDY = f"--config={EXPERIMENTS / 'dense_vs_moe.py'}:test"
+
+
+ROPE = ["--config.model.rope_scaling.factor=2", "--config.model.rope_scaling.original_length=64"]
 
 
 @pytest.fixture(autouse=True)
@@ -84,9 +93,58 @@ def workdir(tmp_path) -> pathlib.Path:
     (["--config.mesh.tensor=16"], "mesh: tensor=16 needs 16 devices, 8 found"),
     (["--config.mesh.expert=4", "--config.model.moe.num_experts=6"], "mesh.expert=4 does not divide"),
     (["--config.tokenizer.vocab_size=100"], "tokenizer: vocab_size=100 is less than 262"),
+    (["--config.model.vocab_size=300", "--config.tokenizer.vocab_size=1000"],
+     "model.vocab_size=300 is less than the tokenizer's 1000 tokens; raise it, or 0 for as many as there are"),
+    (["--config.model.vocab_size=261", "--config.tokenizer.kind=byte"],
+     "model.vocab_size=261 is less than the tokenizer's 262 tokens"),
+    ([*ROPE, "--config.pretrain.length=129"],
+     "pretrain.length=129 is more than the 128 that the model is made for (model.rope_scaling.factor * "),
+    ([*ROPE, "--config.reward.data.prompt_length=100", "--config.reward.data.sampling.max_new_tokens=29"],
+     "reward.data.prompt_length + max_new_tokens=129 is more than the 128 that"),
+    ([*ROPE, "--config.ppo.prompt_length=100", "--config.ppo.max_new_tokens=29"],
+     "ppo.prompt_length + max_new_tokens=129 is more than the 128 that"),
 ])  # fmt: skip
 def test_wrong_flags(capsys, workdir, flags, message):
     assert message in error_of(capsys, QUICKSTART, f"--workdir={workdir}", *flags)
+
+
+@pytest.mark.parametrize(("most", "message"), [
+    (95, "sft.length=96 is more than the 95 that the model is made for (max_position_embeddings of "),
+    (383, "evaluation.prompt_length + max_new_tokens=384 is more than the 383 that"),
+])  # fmt: skip
+def test_longer_than_a_folders_model(capsys, workdir, tmp_path, most, message):
+    folder = hf_model(tmp_path / "hf", {"max_position_embeddings": most})
+    (tmp_path / "a.jsonl").write_text('{"prompt": "Hi", "completion": "Ho"}\n')
+    sft = f"--config={EXPERIMENTS / 'sft_dialogues.py'}:{folder}"
+    flags = [f"--config.sft.data.path={tmp_path / 'a.jsonl'}", "--config.sft.length=96"]
+    flags += ["--config.evaluation.prompt_length=256", "--config.evaluation.sampling.max_new_tokens=128"]
+    assert message in error_of(capsys, sft, f"--workdir={workdir}", *flags)
+
+
+def hf_model(folder, source):
+    """A tiny model with its tokenizer; source: what config.json says beside its shape."""
+    tokenizer = Tokenizer.train([], TokenizerConfig(kind="byte"))
+    cfg = ModelConfig(vocab_size=tokenizer.vocab_size, num_layers=1, embed_dim=8, num_heads=1, num_kv_heads=1, head_dim=8,
+                      mlp_dim=8)  # fmt: skip
+    save_params(tiny.language_model(cfg), cfg, "llama", str(folder), source=source)
+    tokenizer.save(folder.parent / "tokenizer")
+    for path in (folder.parent / "tokenizer").iterdir():
+        path.rename(folder / path.name)
+    return folder
+
+
+@pytest.mark.parametrize("tokens", [300, 1000])
+def test_a_workdirs_tokenizer_that_the_model_cannot_hold(tmp_path, tokens):
+    """One of another run, which somebody has put there."""
+    cfg = replace(load_experiment(f"{EXPERIMENTS / 'pretrain_text.py'}:test"), model=ModelConfig(vocab_size=320))
+    words = [f"{a}{b}{c}" for a in "abcdefghij" for b in "klmnopqrst" for c in "uvwxyz"] * 3
+    made = Tokenizer.train([" ".join(words)], TokenizerConfig(vocab_size=tokens))
+    made.save(tmp_path / "run" / "tokenizer")
+    if tokens == 300:
+        assert pipeline.open_context(cfg, str(tmp_path / "run"), MetricsLog("", enabled=False)).model.vocab_size == 320
+        return
+    with pytest.raises(UserError, match=f"model.vocab_size=320 is less than the tokenizer's {made.vocab_size} tokens"):
+        pipeline.open_context(cfg, str(tmp_path / "run"), MetricsLog("", enabled=False))
 
 
 def test_missing_flags(capsys):
@@ -153,7 +211,7 @@ def test_other_field_of_jsonl(capsys, workdir, tmp_path):
 
 
 def test_unknown_suffix(capsys, workdir, tmp_path):
-    path = tmp_path / "a.csv"
+    path = tmp_path / "a.tsv"
     path.write_text("a,b\n")
     assert f"{path}: unknown suffix" in text_error(capsys, workdir, f"--config.pretrain.data.path={path}")
 
