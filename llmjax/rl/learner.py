@@ -60,8 +60,8 @@ class Learner:
     """What does not change between iterations.
 
     batch_size: answers a step. epochs, minibatches: passes over them, and parts of a pass. critic_warmup: in so many first
-    iterations all advantages are 0, so that only the critic learns. sampling: of answers behind prompts of `prompt_length`
-    tokens.
+    iterations all advantages are 0, so that only the critic learns; critic_rate: its learning rate, as a multiple of the
+    policy's. sampling: of answers behind prompts of `prompt_length` tokens.
     """
 
     cfg: ModelConfig
@@ -77,6 +77,7 @@ class Learner:
     stop_ids: tuple[int, ...]
     pad_id: int
     critic_warmup: int = 0
+    critic_rate: float = 1.0
 
     @property
     def length(self) -> int:
@@ -118,7 +119,8 @@ class Learner:
         return train_program(
             partial(policy_loss, cfg=self.cfg, algorithm=self.algorithm, temperature=self.sampling.temperature),
             specs, self.optimizer, self.steps * self.epochs * self.minibatches, batch, self.mesh,
-            tokens=rows * self.length, flops_per_token=train_flops_per_token(self.cfg, self.length), apart=True,
+            tokens=rows * self.length, flops_per_token=train_flops_per_token(self.cfg, self.length),
+            rates=(1.0, self.critic_rate),
         )  # fmt: skip
 
     def _added(self) -> list[str]:

@@ -50,7 +50,8 @@ class RL(Stage):
     watch: scores that are logged and never trained on. policy: the stage, or "hf:FOLDER", that is trained and that KL is
     measured against. critic: a reward-model stage that the critic starts from; "" for the policy with a head of zeros.
     critic_warmup: first steps in which the critic alone learns, so that advantages are measured against values that mean
-    something (0 for none).
+    something (0 for none). critic_rate: its learning rate as a multiple of the policy's, which starts from what it has learnt
+    while the critic has most before it.
     algorithm: PPO, GRPO, or one of your own. A step: batch_size answers, group_size of the algorithm to a prompt, then
     `epochs` passes over them in `minibatches`. temperature: of sampling, and of every log-probability. missing_end_penalty:
     taken off the score of an answer that does not end itself. prompt_length: longer prompts are left out, and counted.
@@ -68,6 +69,7 @@ class RL(Stage):
     epochs: PositiveInt = 2
     minibatches: PositiveInt = 2
     critic_warmup: NonNegativeInt = 0
+    critic_rate: PositiveFloat = 1.0
     temperature: PositiveFloat = 1.0
     missing_end_penalty: float = 0.0
     prompt_length: PositiveInt = 128
@@ -128,7 +130,7 @@ class RL(Stage):
         return Learner(
             context.model, context.mesh, self.algorithm, self.optimizer, SamplingConfig(self.max_new_tokens, self.temperature),
             self.steps, self.batch_size, self.epochs, self.minibatches, self.prompt_length,
-            context.tokenizer.stop_ids, context.tokenizer.pad_id, self.critic_warmup,
+            context.tokenizer.stop_ids, context.tokenizer.pad_id, self.critic_warmup, self.critic_rate,
         )  # fmt: skip
 
     def programs(self, context: Context) -> dict[str, Program]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
@@ -52,27 +53,32 @@ def updates_made(opt_state: Any) -> jax.Array:
     return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
 
 
-def make_optimizer(cfg: OptimizerConfig, num_steps: int, specs: Any, apart: bool = False) -> optax.GradientTransformation:
+def make_optimizer(
+    cfg: OptimizerConfig, num_steps: int, specs: Any, rates: Sequence[float] = ()
+) -> optax.GradientTransformation:
     """The Optax chain for parameters with these `specs`: clip by global norm, AdamW; decay on leaves with fan-in only.
 
-    apart: the parts at the top of `specs` are models of their own, each clipped by its own norm.
+    rates: the parts at the top of `specs` are models of their own: each is clipped by its own norm, and has so many times the
+    learning rate of `cfg`. () for one model.
     """
     decayed = jax.tree.map(lambda spec: spec.constant is None and len(spec.shape) > 1, specs, is_leaf=is_spec)
     adamw = optax.adamw(
         learning_rate_schedule(cfg, num_steps), cfg.b1, cfg.b2, cfg.eps, weight_decay=cfg.weight_decay, mask=decayed
     )
-    if not cfg.grad_clip:
-        return adamw
-    clip = optax.clip_by_global_norm(cfg.grad_clip)
-    return optax.chain(_on_each_part(clip) if apart else clip, adamw)
+    clip = optax.clip_by_global_norm(cfg.grad_clip) if cfg.grad_clip else optax.identity()
+    if not rates:
+        return optax.chain(clip, adamw) if cfg.grad_clip else adamw
+    return optax.chain(_each_part([clip] * len(rates)), adamw, _each_part([optax.scale(rate) for rate in rates]))
 
 
-def _on_each_part(transform: optax.GradientTransformation) -> optax.GradientTransformation:
-    """A stateless transformation of each part at the top of a tree by itself."""
+def _each_part(transforms: Sequence[optax.GradientTransformation]) -> optax.GradientTransformation:
+    """Stateless transformations, one for each part at the top of a tree; a part may be None."""
 
     def update(updates, params=None):
         del params
         parts, tree = jax.tree.flatten(updates, is_leaf=lambda node: node is not updates)
-        return tree.unflatten([transform.update(part, optax.EmptyState())[0] for part in parts])
+        return tree.unflatten([
+            part if part is None else one.update(part, one.init(part))[0] for one, part in zip(transforms, parts, strict=True)
+        ])  # fmt: skip
 
     return optax.stateless(update)

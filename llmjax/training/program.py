@@ -70,14 +70,14 @@ def train_program(
     flops_per_token: float,
     frozen: Sequence[PyTree] = (),
     after: Callable[[PyTree, dict[str, Any]], PyTree] | None = None,
-    apart: bool = False,
+    rates: Sequence[float] = (),
 ) -> TrainProgram:
     """The update of `loss_fn` with the optimizer that `num_updates` updates are planned for.
 
     batch: shapes, as `abstract_batch` makes them. frozen: abstract parameters that the loss sees behind its key and that
-    stay as they are. after: as in `make_train_step`. apart: as in `make_optimizer`.
+    stay as they are. after: as in `make_train_step`. rates: as in `make_optimizer`.
     """
-    tx = make_optimizer(optimizer, num_updates, specs, apart)
+    tx = make_optimizer(optimizer, num_updates, specs, rates)
     state = abstract_state(specs, tx, mesh)
     key = jax.eval_shape(jax.random.key, 0)
     schedule = learning_rate_schedule(optimizer, num_updates)

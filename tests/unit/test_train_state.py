@@ -147,7 +147,7 @@ def test_two_models_are_clipped_apart():
     cfg = OptimizerConfig(grad_clip=1.0, warmup_steps=0, weight_decay=0.0)
 
     def clipped(apart):
-        clip = make_optimizer(cfg, 10, specs, apart)
+        clip = make_optimizer(cfg, 10, specs, (1.0, 1.0) if apart else ())
         _, state = clip.update({"policy": small, "critic": huge}, clip.init(params), params)
         return optax.tree_utils.tree_get(state, "mu")
 
