@@ -57,12 +57,12 @@ def quickstart() -> Experiment:
         stages={
             "pretrain": Pretrain(
                 data=WorldText(),
-                steps=2000, batch_size=8, length=128, eval_every=500, eval_batches=128,
+                steps=1800, batch_size=8, length=128, eval_every=600, eval_batches=128,
                 optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100, final_fraction=0.02),
             ),
             "sft": SFT(
-                data=WorldDialogues(), init="pretrain", text=WorldText(), text_fraction=0.5,
-                steps=500, batch_size=8, length=128, eval_every=250,
+                data=WorldDialogues(), init="pretrain", text=WorldText(), text_fraction=0.3,
+                steps=600, batch_size=8, length=128, eval_every=300,
                 optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
             ),
             "reward": RewardModel(
@@ -72,11 +72,11 @@ def quickstart() -> Experiment:
             ),
             "ppo": RL(
                 data=WorldPrompts(), rewards={"model": ModelReward("reward")}, watch={"gold": gold, "correct": correct},
-                policy="sft", critic="reward", algorithm=PPO(kl_coef=0.05),
-                steps=24, critic_warmup=2, batch_size=128, epochs=1, minibatches=4, missing_end_penalty=1.0,
+                policy="sft", critic="reward", algorithm=PPO(kl_coef=0.2, value_clip=10.0),
+                steps=20, critic_warmup=3, critic_rate=10.0, batch_size=256, epochs=1, minibatches=4, missing_end_penalty=1.0,
                 temperature=ANSWERS.temperature, prompt_length=PROMPT_LENGTH, max_new_tokens=ANSWERS.max_new_tokens,
                 optimizer=OptimizerConfig(
-                    learning_rate=3e-4, warmup_steps=5, schedule="constant", weight_decay=0.0, eps=1e-5
+                    learning_rate=1e-4, warmup_steps=5, schedule="constant", weight_decay=0.0, eps=1e-5
                 ),
             ),
             "table": Compare(

@@ -228,7 +228,7 @@ def test_sums(answer, right, complete):
         ("7 minus 3 is 4.", 1),
         ("3 minus 7 is 4.", 0),
         ("7 minus 4 is 3.", 0),
-        ("3 from 7 leaves 4.", 1),
+        ("4 = 7 - 3.", 1),
         ("7 from 3 leaves 4.", 0),
         ("7 - 3 = 4.", 1),
         ("7 + 3 = 4.", 0),

@@ -55,7 +55,7 @@ class Demonstrators:
     polite: Fraction = 0.45
     full_sentence: Fraction = 0.60
     rambling: Fraction = 0.20
-    wrong: Fraction = 0.12
+    wrong: Fraction = 0.10
     no_period: Fraction = 0.10
     follow_up: Fraction = 0.20
     system: Fraction = 0.10

@@ -216,12 +216,12 @@ _KINDS: tuple[tuple[float, Callable[[World, np.random.Generator], str]], ...] = 
     (0.03, from_values),
     (0.03, group),
     (0.02, chain),
-    (0.55, questions_answered),
+    (0.53, questions_answered),
     (0.10, quiz),
     (0.02, stories.story),
     (0.01, stories.errand),
     (0.01, stories.list_read_back),
-    (0.08, stories.arithmetic),
+    (0.10, stories.arithmetic),
     (0.02, stories.word_problem),
 )
 

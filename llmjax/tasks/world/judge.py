@@ -228,11 +228,7 @@ def _right_number(question: Question, text: str) -> bool:
     if {_OPERATORS[token] for token in tokens if token in _OPERATORS} - {operator} or {"not", "no"} & set(tokens):
         return False
     numbers = tuple(token for token in tokens if token.isdigit())
-    orders = (
-        [(first, second), (second, first)]
-        if operator == "plus"
-        else [(second, first) if "from" in tokens else (first, second)]
-    )
+    orders = [(first, second), (second, first)] if operator == "plus" else [(first, second)]
     return numbers == (result,) or any(numbers in ((*order, result), (result, *order)) for order in orders)
 
 

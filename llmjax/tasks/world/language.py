@@ -204,9 +204,9 @@ OPEN_QUESTIONS = ("Tell me something about {s}.", "What do you know about {s}?",
                   "What can you tell me about {s}?")
 
 SUM_QUESTIONS = ("What is {a} plus {b}?", "How much is {a} + {b}?", "{a} + {b} = ?")
-SUM_ANSWERS = ("{a} plus {b} is {r}.", "{a} + {b} = {r}.", "{a} and {b} make {r}.")
+SUM_ANSWERS = ("{a} plus {b} is {r}.", "{a} + {b} = {r}.")
 DIFFERENCE_QUESTIONS = ("What is {a} minus {b}?", "How much is {a} - {b}?", "{a} - {b} = ?")
-DIFFERENCE_ANSWERS = ("{a} minus {b} is {r}.", "{a} - {b} = {r}.", "{b} from {a} leaves {r}.")
+DIFFERENCE_ANSWERS = ("{a} minus {b} is {r}.", "{a} - {b} = {r}.")
 
 COURTESY_FIRST = ("Sure!", "Of course!", "With pleasure!", "Good question!", "Happy to help!")
 COURTESY_LAST = ("I hope this helps.", "Have a nice day!", "Glad to help!", "You are welcome!", "Thank you for asking!")
