@@ -34,7 +34,7 @@ PROMPT_LENGTH = 22  # tokens of the longest question
 ANSWERS = SamplingConfig(max_new_tokens=24, temperature=0.7)
 
 
-Variant = Literal["dense", "moe", "test", "test_moe"]
+Variant = Literal["dense", "moe", "full", "full_moe", "test", "test_moe"]
 
 
 def get_config(arg: Variant = "dense") -> Experiment:
@@ -45,6 +45,8 @@ def get_config(arg: Variant = "dense") -> Experiment:
         config = replace(config, model=replace(config.model, moe=MoEConfig(num_experts=8, top_k=2, mlp_dim=width)))
         # A sparse step takes longer on a CPU, and fewer get as far; dense_vs_moe.py compares at equal tokens.
         config = config.with_stage("pretrain", steps=1400, eval_every=350)
+    if arg.startswith("full"):
+        config = full(config)
     if arg.startswith("test"):
         config = test_sized(config)
     return replace(config, name=f"quickstart-{arg}")
@@ -88,7 +90,7 @@ def quickstart() -> Experiment:
                     "best of 4": BestOf("sft", "reward", n=4),
                     "ppo": Model("ppo"),
                 },
-                against="sft", score="correct", knowledge="base, plain text",
+                against="sft", score="correct", beside=("gold",), knowledge="base, plain text",
             ),
         },
         evaluation=Evaluation(
@@ -108,6 +110,20 @@ def ranked_answers(num_prompts: int, num_eval_prompts: int) -> RankedAnswers:
     )  # fmt: skip
 
 
+def full(config: Experiment) -> Experiment:
+    """The rows of the table that do not fit into a few minutes: PPO without KL, best of 16, four answers to each prompt."""
+    table, ppo = config.stage("table", Compare), config.stage("ppo", RL)
+    unbounded = replace(
+        ppo, algorithm=replace(PPO(value_clip=10.0), kl_coef=0.0), steps=60,
+        optimizer=replace(ppo.optimizer, learning_rate=3e-4),
+    )  # fmt: skip
+    rows = table.rows | {"best of 16": BestOf("sft", "reward", n=16), "ppo without KL": Model("ppo_without_kl")}
+    stages = config.stages | {"ppo_without_kl": unbounded, "table": replace(table, rows=rows, draws=4)}
+    return replace(config, stages={name: stages[name] for name in (*config.stages, "ppo_without_kl") if name != "table"} | {
+        "table": stages["table"]
+    })  # fmt: skip
+
+
 def test_sized(config: Experiment) -> Experiment:
     """Every stage, nothing learnt: for tests of the machinery."""
     moe = config.model.moe and replace(config.model.moe, num_experts=4, mlp_dim=24)
@@ -118,7 +134,7 @@ def test_sized(config: Experiment) -> Experiment:
     )
     text, dialogues = WorldText(num_documents=400), WorldDialogues(num_dialogues=200)
     config = config.with_stage("pretrain", data=text, steps=6, batch_size=8, length=64, eval_every=3, eval_batches=2)
-    config = config.with_stage("sft", data=dialogues, steps=4, batch_size=8, length=64, eval_every=2)
+    config = config.with_stage("sft", data=dialogues, text=text, steps=4, batch_size=8, length=64, eval_every=2)
     rankings = ranked_answers(num_prompts=16, num_eval_prompts=8)
     config = config.with_stage("reward", data=rankings, batch_size=8)
-    return config.with_stage("ppo", steps=3, batch_size=8)
+    return config.with_stage("ppo", steps=3, critic_warmup=1, batch_size=8)

@@ -137,14 +137,15 @@ class Compare(Stage):
     """Asks every row the held-out prompts of the experiment's evaluation, and scores the answers.
 
     rows: by name, in the order of the table. against: the row that differences are to, prompt by prompt, and whose model KL is
-    measured from. score: the one of the evaluation's scores that differences, greedy answers and knowledge are counted in.
-    knowledge: the row of a base model asked in its own form; what the row `against` has kept of it, greedily, is reported.
+    measured from. score: the one of the evaluation's scores that differences, greedy answers and knowledge are counted in;
+    beside: others that are shown. knowledge: the row of a base model asked in its own form; what the row `against` has kept of it, greedily, is reported.
     draws: sampled answers to each prompt. All errors are clustered by the prompts' groups.
     """
 
     rows: dict[str, Row]
     against: str
     score: str
+    beside: tuple[str, ...] = ()
     knowledge: str = ""
     draws: PositiveInt = 1
 
@@ -170,8 +171,9 @@ class Compare(Stage):
         evaluation = experiment.evaluation
         if evaluation.prompts is None:
             raise UserError(f"{name}: everybody is asked evaluation.prompts; give some")
-        if self.score not in evaluation.scores:
-            raise UserError(f"{name}.score={self.score!r} is none of evaluation.scores: {', '.join(evaluation.scores)}")
+        for one in (self.score, *self.beside):
+            if one not in evaluation.scores:
+                raise UserError(f"{name}: {one!r} is none of evaluation.scores, {', '.join(evaluation.scores)}")
 
     def prepare(self, context: Context) -> None:
         self._asked(context)
@@ -190,11 +192,11 @@ class Compare(Stage):
             context.say(f"asking {name}")
             measured[name] = self._measure(context, asked, row, reference)
         groups = [prompt.group for prompt in asked.prompts]
-        table = self._table(measured, groups, list(context.experiment.evaluation.scores))
+        table = self._table(measured, groups)
         return Result(None, metrics=self._metrics(measured, groups), tables=[table])
 
     def _measure(self, context: Context, asked: Asked, row: Row, reference: Params) -> _Measured:
-        scores = context.experiment.evaluation.scores
+        scores = {name: context.experiment.evaluation.scores[name] for name in (self.score, *self.beside)}
         drawn, greedy = row.sampled(context, asked, reference, self.draws), row.greedy(context, asked)
         lengths = [len(completion.tokens) for completion in drawn.completions]
         return _Measured(
@@ -203,8 +205,8 @@ class Compare(Stage):
             None if greedy is None else score(scores[self.score], greedy.prompts, greedy.completions, self.score),
         )  # fmt: skip
 
-    def _table(self, measured: Mapping[str, _Measured], groups: Sequence[str], names: Sequence[str]) -> Table:
-        own, label, rows = measured[self.against], words(self.score), []
+    def _table(self, measured: Mapping[str, _Measured], groups: Sequence[str]) -> Table:
+        own, rows = measured[self.against], []
         for name, found in measured.items():
             values: dict[str, np.ndarray | None] = dict(found.scores) | {"kl": found.kl, "length": found.length}
             values["greedy"] = found.greedy
@@ -217,15 +219,17 @@ class Compare(Stage):
                 if array is not None:
                     row[key], row[f"{key}_stderr"] = _mean(array, groups)
             rows.append(row)
-        columns = [(name, words(name), "%" if set(own.scores[name]) <= {0.0, 1.0} else "") for name in names]
-        at = names.index(self.score) + 1
-        columns[at:at] = [
-            ("difference", f"{label}, to {self.against}", "%"), ("greedy", f"{label}, greedy", "%"),
-            ("greedy_difference", f"Greedy, to {self.against}", "%"),
+        units = {name: "%" if set(values) <= {0.0, 1.0} else "" for name, values in own.scores.items()}
+        columns = [
+            (self.score, words(self.score), units[self.score]), ("difference", f"to {self.against}", units[self.score]),
+            ("greedy", "greedy", units[self.score]), ("greedy_difference", f"to {self.against}", units[self.score]),
+            *((name, words(name), units[name]) for name in self.beside), ("kl", "KL", "nats"), ("length", "Length", "tokens"),
         ]  # fmt: skip
-        columns += [("kl", f"KL from {self.against}", "nats per answer"), ("length", "Length", "tokens")]
         draws = f", {self.draws} answers each" if self.draws > 1 else ""
-        caption = f"{len(groups):,} held-out prompts that ask for {len(set(groups)):,} things{draws}; errors clustered by thing"
+        caption = (
+            f"{words(self.score)} of {len(groups):,} held-out prompts that ask for {len(set(groups)):,} things{draws}. Errors "
+            f"are clustered by thing, differences paired by prompt, KL is per answer and from {self.against}."
+        )
         return Table(caption, tuple(columns), tuple(rows))
 
     def _metrics(self, measured: Mapping[str, _Measured], groups: Sequence[str]) -> list[Metric]:
