@@ -69,8 +69,9 @@ class Experiment:
             raise UserError("no stage: give at least one")
         for name in self.stages:
             if not name.replace("_", "").replace("-", "").isalnum() or name in RESERVED:
-                known = " and ".join(RESERVED)
-                raise UserError(f"stages: {name!r} is no name for a stage; use letters, digits, - and _, but not {known}")
+                raise UserError(
+                    f"stages: {name!r} is no name for a stage; use letters, digits, - and _, but not {' or '.join(RESERVED)}"
+                )
         self._validate_links()
         if len(self.hf_folders) > 1:
             raise UserError(f"one experiment has one model, but its stages start from {' and '.join(self.hf_folders)}")
@@ -79,6 +80,8 @@ class Experiment:
             raise UserError(
                 f"mesh.expert={self.mesh.expert} does not divide model.moe.num_experts={self.model.moe.num_experts}"
             )
+        if self.model.moe is not None and not self.hf_folders:
+            self.model.moe.check_router_learns("model.moe: ")
         for name, stage in self.stages.items():
             stage.check(self, name)
         if not self.hf_folders and self.text is None:
@@ -126,7 +129,7 @@ class Experiment:
         return dataclasses.replace(self, stages={name: self.stages[name] for name in names})
 
 
-RESERVED = ("data", "tokenizer")  # folders of a workdir beside those of stages
+RESERVED = ("data", "tokenizer", "source")  # folders of a workdir beside those of stages
 
 
 @dataclass(frozen=True)
