@@ -70,10 +70,10 @@ def beside(folder: str) -> list[str]:
     """What stands in a folder beside config.json and the weights: tokenizer, templates, generation_config.json, licence ..."""
     entries = os.scandir(folder) if os.path.isdir(folder) else ()
     names = [entry.name for entry in entries if entry.is_file() and not entry.name.startswith(".")]
-    kept = [name for name in names if name != "config.json" and not name.endswith(_WEIGHTS)]
-    return [os.path.join(folder, name) for name in sorted(kept)] + [
-        path for path in [os.path.join(folder, _TEMPLATES)] if os.path.isdir(path)
-    ]
+    kept = sorted(name for name in names if name != "config.json" and not name.endswith(_WEIGHTS))
+    if os.path.isdir(os.path.join(folder, _TEMPLATES)):
+        kept.append(_TEMPLATES)
+    return [os.path.join(folder, name) for name in kept]
 
 
 def copy_beside(files: Sequence[str], folder: str | os.PathLike) -> None:
@@ -282,9 +282,9 @@ def _generation(path: pathlib.Path, config: dict[str, Any]) -> dict[str, Any]:
 def _with_ids(config: dict[str, Any], ids: Mapping[str, Any]) -> dict[str, Any]:
     """The config with the ids that it lacks."""
     out = config | {name: value for name, value in ids.items() if config.get(name) is None}
-    known = out.get("eos_token_id")
-    missing = set(ids.get("eos_token_id", ())) - set(known if isinstance(known, list) else [known])
-    return out | {"eos_token_id": sorted({*ids["eos_token_id"], *np.ravel(known).tolist()})} if missing else out
+    known, ends = out.get("eos_token_id"), set(ids.get("eos_token_id", ()))
+    known = set(known if isinstance(known, list) else [known])
+    return out if ends <= known else out | {"eos_token_id": sorted(ends | known)}
 
 
 def _shard_groups(places, specs, kinds: Mapping[str, np.dtype], shard_bytes: int) -> tuple[list[list[str]], int]:

@@ -20,7 +20,7 @@ from llmjax.files import read_json, write_json_atomic
 from llmjax.interop.hf_config import family_of, hf_config, model_config
 from llmjax.interop.hf_folder import load_params, read_config, save_params
 from llmjax.interop.hf_tokenizer import PLAIN_TEMPLATE, read_tokenizer
-from llmjax.models.config import MLAConfig, ModelConfig, MoEConfig
+from llmjax.models.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
 from llmjax.models.lora import LoRAConfig, merge
 from llmjax.models.presets import PRESETS
 from llmjax.results import Summary, write_summary
@@ -364,6 +364,17 @@ def test_families_of_models_trained_here():
     dense = dataclasses.replace(ModelConfig(), vocab_size=50)
     assert family_of(dense) == "llama"
     assert family_of(dataclasses.replace(CFG, vocab_size=50)) == "mixtral"
+    own = dict(sliding_window=3, global_layers=(0, 3))
+    changes = {
+        "qwen2": dict(qkv_bias=True), "llama": dict(qkv_bias=True, out_bias=True), "mistral": dict(sliding_window=3),
+        "gemma": dict(activation="gelu", norm_offset=1.0, scale_embedding=True),
+        "qwen3": own | dict(qk_norm="head"), "olmo2": dict(pre_norms=False, post_norms=True, qk_norm="full"),
+        "olmo3": own | dict(pre_norms=False, post_norms=True, qk_norm="full", rope_scaling=RopeScaling("yarn"),
+                            local_rope_theta=dense.rope_theta),
+    }  # fmt: skip
+    assert {family: family_of(dataclasses.replace(dense, **change)) for family, change in changes.items()} == {
+        family: family for family in changes
+    }
     with pytest.raises(UserError, match="no Hugging Face family has this combination"):
         family_of(dataclasses.replace(dense, attention_sinks=True, qk_norm="full"))
 
@@ -398,6 +409,20 @@ BREAKS = {
     "missing shard": (lambda f: os.remove(f"{f}/{shards(f)[0]}"), "not a readable safetensors file"),
     "rope": (
         lambda f: change_config(f, rope_scaling={"rope_type": "longrope", "factor": 2}), "rope_type='longrope' is not"),
+    "rope of phi3": (
+        lambda f: change_config(f, model_type="phi3", rope_scaling={"type": "yarn", "factor": 2}),
+        "rope_type='yarn' is not supported; supported: default"),
+    "rotated in part": (
+        lambda f: change_config(f, rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.75}),
+        "partial_rotary_factor=0.75 is not supported for model_type='mixtral'"),
+    "biases where the family has none": (
+        lambda f: change_config(f, attention_bias=True), "attention_bias=True is not supported for model_type='mixtral'"),
+    "kinds of layers": (
+        lambda f: change_config(f, model_type="qwen2", use_sliding_window=True, sliding_window=4, layer_types=["linear", "x"]),
+        r"layer_types=\['linear', 'x'\]; supported is full_attention or sliding_attention for each of 2 layers"),
+    "local layers without a window": (
+        lambda f: change_config(f, model_type="qwen2", layer_types=["sliding_attention"] * 2),
+        "layer_types=.* and no sliding_window; supported is full_attention for each"),
 }  # fmt: skip
 
 
