@@ -94,7 +94,7 @@ def whole_folder(path: str | os.PathLike) -> collections.abc.Iterator[pathlib.Pa
 
 def _flush(folder: pathlib.Path) -> None:
     # A rename may reach the disk before the data does; without this a power cut could leave a folder of empty files.
-    for file in folder.iterdir():
+    for file in filter(pathlib.Path.is_file, folder.rglob("*")):
         with open(file, "rb") as handle:
             os.fsync(handle.fileno())
 

@@ -21,15 +21,26 @@ DEEPSEEK = MLA | dict(
     n_routed_experts=8, num_experts_per_tok=2, moe_intermediate_size=20, first_k_dense_replace=1, n_group=4, topk_group=2,
 )  # fmt: skip
 GEMMA = dict(sliding_window=5, query_pre_attn_scalar=24, hidden_activation="gelu_pytorch_tanh")
+LOCAL, GLOBAL = "sliding_attention", "full_attention"
 FAMILIES = {
     "llama3": ("Llama", dict(tie_word_embeddings=False, rope_parameters=LLAMA3_ROPE)),
     "llama-tied": ("Llama", dict(tie_word_embeddings=True)),
+    "llama-bias": ("Llama", dict(attention_bias=True)),
+    "mistral": ("Mistral", dict(sliding_window=5)),
+    "qwen2": ("Qwen2", dict(use_sliding_window=True, sliding_window=5, max_window_layers=2)),
     "qwen3": ("Qwen3", dict(tie_word_embeddings=True)),
+    "phi3": ("Phi3", dict(sliding_window=5)),
+    "olmo2": ("Olmo2", {}),
+    "olmo3": ("Olmo3", dict(sliding_window=5, layer_types=[LOCAL, GLOBAL, LOCAL, GLOBAL], rope_parameters={
+        "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}, "full_attention": YARN})),
+    "gemma": ("Gemma", dict(tie_word_embeddings=True)),
     "gemma2": ("Gemma2", GEMMA | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
     "gemma3": ("Gemma3Text", GEMMA | dict(num_hidden_layers=7, rope_parameters={
         "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
         "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1000.0}})),
+    "gemma3-layers": ("Gemma3Text", GEMMA | dict(layer_types=[GLOBAL, LOCAL, LOCAL, GLOBAL])),
     "mixtral": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=2)),
+    "mixtral-one": ("Mixtral", dict(num_local_experts=4, num_experts_per_tok=1)),
     "qwen3_moe": ("Qwen3Moe", dict(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=20, norm_topk_prob=True)),
     "qwen3_moe-every": ("Qwen3Moe", dict(
         num_experts=8, num_experts_per_tok=3, moe_intermediate_size=20, norm_topk_prob=True, decoder_sparse_step=2,

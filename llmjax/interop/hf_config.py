@@ -12,11 +12,17 @@ from typing import Any
 
 from llmjax.config import validate
 from llmjax.errors import UserError
-from llmjax.models.config import MLAConfig, ModelConfig, MoEConfig, RopeScaling
+from llmjax.models.config import UNLIMITED, MLAConfig, ModelConfig, MoEConfig, RopeScaling
 
 ARCHITECTURES = {
     "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
     "qwen3": "Qwen3ForCausalLM",
+    "phi3": "Phi3ForCausalLM",
+    "olmo2": "Olmo2ForCausalLM",
+    "olmo3": "Olmo3ForCausalLM",
+    "gemma": "GemmaForCausalLM",
     "gemma2": "Gemma2ForCausalLM",
     "gemma3_text": "Gemma3ForCausalLM",
     "mixtral": "MixtralForCausalLM",
@@ -27,6 +33,14 @@ ARCHITECTURES = {
     "gpt_oss": "GptOssForCausalLM",
 }
 _GELU = ("gelu_pytorch_tanh", "gelu_new")
+_BIASED = ("llama", "qwen3", "olmo2", "olmo3", "gemma", "gemma2", "gemma3_text", "qwen3_moe", "olmoe", "gpt_oss")
+"""Families in which attention_bias gives each projection of attention a bias."""
+_LAYER_TYPES = ("qwen2", "qwen3", "olmo3", "gemma2", "gemma3_text", "gpt_oss")
+"""Families whose layer_types says which layers see a window only; in the others all do."""
+_THETA = {"mixtral": 1e6, "gemma3_text": 1e6, "olmo3": 5e5, "gpt_oss": 1.5e5}
+"""rope_theta where a config.json does not say it, if not 10,000."""
+_LOCAL_ROPE = ("olmo3", "gemma3_text")
+"""Families whose local layers have a table of their own, which is not scaled."""
 
 
 def model_config(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
@@ -48,10 +62,11 @@ def model_config(hf: dict[str, Any], where: str = "config.json") -> ModelConfig:
         tie_embeddings=hf.get("tie_word_embeddings", family.startswith("gemma")),
         dtype="bfloat16" if (hf.get("dtype") or hf.get("torch_dtype")) == "bfloat16" else "float32",
     )
+    if hf.get("attention_bias") and family in _BIASED:
+        fields |= dict(qkv_bias=True, out_bias=True)
     fields |= _rope(hf, family, where) | _FAMILY_FIELDS.get(family, lambda hf: {})(hf)
-    config = ModelConfig(**fields)
+    config = _with_layer_types(ModelConfig(**fields), hf, where)
     validate(config)
-    _check_layer_types(hf, config, where)
     return config
 
 
@@ -59,6 +74,9 @@ def _refuse(hf: dict[str, Any], family: str, where: str) -> None:
     """Settings that would silently give other numbers."""
     activations = _GELU if family.startswith("gemma") else ("silu",)
     activation = hf.get("hidden_activation") or hf.get("hidden_act") or activations[0]
+    if family == "gemma":  # its first releases say gelu and mean the tanh form
+        activations = (*_GELU, "gelu")
+    rope = hf.get("rope_parameters") or {}
     checks = {
         "quantization_config": hf.get("quantization_config") in (None, {}),
         "hidden_act": activation in activations,
@@ -66,34 +84,38 @@ def _refuse(hf: dict[str, Any], family: str, where: str) -> None:
         "clip_qkv": hf.get("clip_qkv") is None,
         "mlp_only_layers": not hf.get("mlp_only_layers"),
         "decoder_sparse_step": family == "qwen3_moe" or hf.get("decoder_sparse_step", 1) == 1,
-        "partial_rotary_factor": hf.get("partial_rotary_factor", 1.0) == 1.0,
-        "use_sliding_window": not (family.startswith("qwen") and hf.get("use_sliding_window")),
+        "partial_rotary_factor": (hf | rope).get("partial_rotary_factor") in (None, 1.0),
+        "use_sliding_window": not (family == "qwen3_moe" and hf.get("use_sliding_window")),
         "use_bidirectional_attention": not hf.get("use_bidirectional_attention"),
         "rope_interleave": family != "deepseek_v3" or hf.get("rope_interleave", True),
-        "attention_bias": family == "gpt_oss" or not hf.get("attention_bias"),
+        "attention_bias": family in (*_BIASED, "qwen2") or not hf.get("attention_bias"),
     }
     for name, fine in checks.items():
         if not fine:
-            raise UserError(f"{where}: {name}={hf.get(name)!r} is not supported for model_type={family!r}")
+            raise UserError(f"{where}: {name}={(hf | rope).get(name)!r} is not supported for model_type={family!r}")
 
 
 def _rope(hf: dict[str, Any], family: str, where: str) -> dict[str, Any]:
     rope = hf.get("rope_parameters") or {}
-    if "full_attention" in rope:  # Gemma-3: one entry for each kind of layer
-        local, rope = rope["sliding_attention"], rope["full_attention"]
-        fields: dict[str, Any] = dict(local_rope_theta=float(local["rope_theta"]))
-    elif family == "gemma3_text":
-        fields = dict(local_rope_theta=float(hf.get("rope_local_base_freq", 10_000.0)))
-    else:
-        fields = {}
-    theta = rope.get("rope_theta", hf.get("rope_theta", 10_000.0))
+    default = hf.get("rope_theta", _THETA.get(family, 10_000.0))
+    local_default = hf.get("rope_local_base_freq", 10_000.0) if family == "gemma3_text" else default
+    fields: dict[str, Any] = {}
+    local: dict[str, Any] = {}
+    if "full_attention" in rope:  # one entry for each kind of layer
+        local, rope = rope.get("sliding_attention") or {}, rope["full_attention"]
+    if family in _LOCAL_ROPE:
+        if local.get("rope_type", "default") != "default":
+            raise UserError(f"{where}: rope_type={local['rope_type']!r} of sliding_attention is not supported, only default is")
+        fields["local_rope_theta"] = float(local.get("rope_theta", local_default))
+    theta = rope.get("rope_theta", default)
     scaling = hf.get("rope_scaling") or rope
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     fields["rope_theta"] = float(theta)
     if kind == "default":
         return fields
-    if kind not in ("linear", "llama3", "yarn"):
-        raise UserError(f"{where}: rope_type={kind!r} is not supported; supported: default, linear, llama3, yarn")
+    known = ("linear", "llama3", "yarn") if family != "phi3" else ()  # Phi-3 calls another rule yarn
+    if kind not in known:
+        raise UserError(f"{where}: rope_type={kind!r} is not supported; supported: {', '.join(('default', *known))}")
     factor = float(scaling["factor"])
     original = scaling.get("original_max_position_embeddings") or hf.get("max_position_embeddings", 8192)
     options: dict[str, Any] = dict(kind=kind, factor=factor, original_length=original)
@@ -119,16 +141,33 @@ def _mscale(factor: float, mscale: float) -> float:
 
 
 def _gemma(hf):
+    shared = dict(activation="gelu", norm_offset=1.0, scale_embedding=True)
+    if hf["model_type"] == "gemma":
+        return shared
     every = 2 if hf["model_type"] == "gemma2" else 6
-    return dict(
-        activation="gelu", post_norms=True, norm_offset=1.0, scale_embedding=True,
-        qk_norm="none" if hf["model_type"] == "gemma2" else "head",
+    return shared | dict(
+        post_norms=True, qk_norm="none" if hf["model_type"] == "gemma2" else "head",
         attention_scale=float(hf["query_pre_attn_scalar"]) ** -0.5,
         attention_softcap=float(hf.get("attn_logit_softcapping") or 0.0),
         logit_softcap=float(hf.get("final_logit_softcapping") or 0.0),
-        sliding_window=hf["sliding_window"],
+        sliding_window=hf.get("sliding_window") or 0,
         global_every=hf.get("_sliding_window_pattern") or hf.get("sliding_window_pattern") or every,
     )  # fmt: skip
+
+
+def _qwen(hf):
+    own = dict(qkv_bias=True) if hf["model_type"] == "qwen2" else dict(qk_norm="head")
+    if not hf.get("use_sliding_window"):
+        return own
+    full = range(min(hf.get("max_window_layers", 28), hf["num_hidden_layers"]))
+    return own | dict(sliding_window=hf.get("sliding_window") or 0, global_layers=tuple(full))
+
+
+def _olmo(hf):
+    shared = dict(qk_norm="full", pre_norms=False, post_norms=True)
+    if hf["model_type"] == "olmo2":
+        return shared
+    return shared | dict(sliding_window=hf.get("sliding_window") or 0, global_every=4)
 
 
 def _mixtral(hf):
@@ -184,7 +223,13 @@ def _gpt_oss(hf):
 
 
 _FAMILY_FIELDS = {
-    "qwen3": lambda hf: dict(qk_norm="head"),
+    "mistral": lambda hf: dict(sliding_window=hf.get("sliding_window", 4096) or 0),
+    "qwen2": _qwen,
+    "qwen3": _qwen,
+    "phi3": lambda hf: dict(sliding_window=hf.get("sliding_window") or 0),
+    "olmo2": _olmo,
+    "olmo3": _olmo,
+    "gemma": _gemma,
     "gemma2": _gemma,
     "gemma3_text": _gemma,
     "mixtral": _mixtral,
@@ -196,13 +241,21 @@ _FAMILY_FIELDS = {
 }
 
 
-def _check_layer_types(hf: dict[str, Any], config: ModelConfig, where: str) -> None:
-    types = hf.get("layer_types")
-    if types is None or not config.sliding_window:
-        return
-    limited = [window == config.sliding_window for window in config.windows]
-    if limited != [kind == "sliding_attention" for kind in types]:
-        raise UserError(f"{where}: layer_types is not the pattern of its family (every {config.global_every}th layer global)")
+def _with_layer_types(config: ModelConfig, hf: dict[str, Any], where: str) -> ModelConfig:
+    """The config with the local and global layers that layer_types lists, in the shortest words."""
+    types = hf.get("layer_types") if hf["model_type"] in _LAYER_TYPES else None
+    if types is not None:
+        kinds = {"full_attention", "sliding_attention"} if config.sliding_window else {"full_attention"}
+        if len(types) != config.num_layers or not set(types) <= kinds:
+            want = f"{' or '.join(sorted(kinds))} for each of {config.num_layers} layers"
+            window = "" if config.sliding_window else " and no sliding_window"
+            raise UserError(f"{where}: layer_types={types!r}{window}; supported is {want}")
+        listed = tuple(layer for layer, kind in enumerate(types) if kind == "full_attention")
+        if listed != tuple(layer for layer, window in enumerate(config.windows) if window == UNLIMITED):
+            config = replace(config, global_every=0, global_layers=listed)
+    if set(config.windows) == {UNLIMITED}:
+        return replace(config, sliding_window=0, global_every=0, global_layers=(), local_rope_theta=0.0)
+    return config
 
 
 def family_of(cfg: ModelConfig) -> str:
@@ -221,6 +274,13 @@ def _canonical(cfg: ModelConfig) -> ModelConfig:
     """What computes the same is the same here: fields that do not change the logits take one value."""
     scale = float(f"{cfg.attention_scale or cfg.qk_dim**-0.5:.6g}")
     changes: dict[str, Any] = dict(layer_loop="auto", remat=False, dtype="float32", attention_scale=scale, mtp_coef=0.0)
+    local = tuple(window != UNLIMITED for window in cfg.windows)
+    if any(local):
+        changes |= dict(global_every=0, global_layers=tuple(layer for layer, is_local in enumerate(local) if not is_local))
+    else:
+        changes |= dict(sliding_window=0, global_every=0, global_layers=())
+    if not any(local) or (cfg.rope_scaling is None and cfg.local_rope_theta == cfg.rope_theta):
+        changes["local_rope_theta"] = 0.0
     if cfg.mla is not None:
         changes["head_dim"] = 2
     if cfg.rope_scaling is not None and cfg.rope_scaling.kind == "linear":
@@ -233,30 +293,39 @@ def _canonical(cfg: ModelConfig) -> ModelConfig:
 
 
 def hf_config(cfg: ModelConfig, family: str, source: dict[str, Any] | None = None) -> dict[str, Any]:
-    """The config.json of a model. `source`: the config.json that it came from; what it says beside the shape is kept."""
+    """The config.json of a model. `source`: the config.json that it came from; only what does not fit any more is changed."""
     moe, mla = cfg.moe, cfg.mla
     out: dict[str, Any] = dict(source or {})
+    if out.get("model_type") == family and _canonical(model_config(out)) == _canonical(cfg):
+        return out
+    # Where a file is silent, readers take ids of the family's first release.
+    out = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id")) | out
     out |= dict(
         architectures=[ARCHITECTURES[family]], model_type=family, vocab_size=cfg.vocab_size, hidden_size=cfg.embed_dim,
         num_hidden_layers=cfg.num_layers, num_attention_heads=cfg.num_heads, num_key_value_heads=cfg.num_kv_heads,
         head_dim=cfg.head_dim, intermediate_size=cfg.mlp_dim, rms_norm_eps=cfg.norm_eps,
         tie_word_embeddings=cfg.tie_embeddings, hidden_act="silu",
     )  # fmt: skip
-    out |= _rope_out(cfg, source or {})
+    out |= _rope_out(cfg, family, source or {})
+    if family in _BIASED:
+        out["attention_bias"] = cfg.qkv_bias and cfg.out_bias
+    if family in (*_LAYER_TYPES, "mistral", "mixtral", "phi3"):
+        out["sliding_window"] = cfg.sliding_window or None
+    if family in _LAYER_TYPES:
+        out["layer_types"] = ["full_attention" if w == UNLIMITED else "sliding_attention" for w in cfg.windows]
+    if family in ("qwen2", "qwen3"):
+        out["use_sliding_window"] = cfg.sliding_window > 0
     if family.startswith("gemma"):
+        out |= dict(hidden_act=_GELU[0], hidden_activation=_GELU[0])
+    if family in ("gemma2", "gemma3_text"):
         out |= dict(
-            hidden_act=_GELU[0], hidden_activation=_GELU[0], sliding_window=cfg.sliding_window,
             query_pre_attn_scalar=round((cfg.attention_scale or cfg.head_dim**-0.5) ** -2),
             attn_logit_softcapping=cfg.attention_softcap or None, final_logit_softcapping=cfg.logit_softcap or None,
-            sliding_window_pattern=cfg.global_every, layer_types=_layer_types(cfg),
         )  # fmt: skip
+        if cfg.global_every:
+            out["sliding_window_pattern"] = cfg.global_every
     if family == "gpt_oss":
-        out |= dict(
-            attention_bias=True, sliding_window=cfg.sliding_window, swiglu_limit=cfg.activation_limit,
-            layer_types=_layer_types(cfg),
-        )  # fmt: skip
-    if family == "mixtral":
-        out["sliding_window"] = cfg.sliding_window or None
+        out["swiglu_limit"] = cfg.activation_limit
     if mla is not None:
         out |= dict(
             kv_lora_rank=mla.kv_lora_rank, q_lora_rank=mla.q_lora_rank or None, qk_nope_head_dim=mla.nope_dim,
@@ -286,11 +355,7 @@ def hf_config(cfg: ModelConfig, family: str, source: dict[str, Any] | None = Non
     return out
 
 
-def _layer_types(cfg: ModelConfig) -> list[str]:
-    return ["sliding_attention" if w == cfg.sliding_window else "full_attention" for w in cfg.windows]
-
-
-def _rope_out(cfg: ModelConfig, source: dict[str, Any]) -> dict[str, Any]:
+def _rope_out(cfg: ModelConfig, family: str, source: dict[str, Any]) -> dict[str, Any]:
     kept = {k: source[k] for k in ("rope_theta", "rope_scaling", "rope_parameters", "rope_local_base_freq") if k in source}
     if kept:
         return kept
@@ -308,8 +373,8 @@ def _rope_out(cfg: ModelConfig, source: dict[str, Any]) -> dict[str, Any]:
             scaling["mscale_all_dim"] = (ratio - 1.0) / (0.1 * math.log(s.factor))
     parameters: dict[str, Any] = scaling | {"rope_theta": cfg.rope_theta}
     out = dict(rope_theta=cfg.rope_theta, rope_scaling=None if s is None else scaling)
-    if cfg.local_rope_theta:
-        local = {"rope_type": "default", "rope_theta": cfg.local_rope_theta}
+    if family in _LOCAL_ROPE:
+        local = {"rope_type": "default", "rope_theta": cfg.local_rope_theta or cfg.rope_theta}
         parameters = {"full_attention": parameters, "sliding_attention": local}
-        out["rope_local_base_freq"] = cfg.local_rope_theta
+        out["rope_local_base_freq"] = cfg.local_rope_theta or cfg.rope_theta
     return out | {"rope_parameters": parameters}

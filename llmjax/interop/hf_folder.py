@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pathlib
 import shutil
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -25,7 +29,17 @@ from llmjax.models.transformer import Params, transformer_spec
 
 _GENERATION = "generation_config.json"
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
-_DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = {
+    "float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16),
+}  # fmt: skip
+_READ = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float32"}
+"""What a tensor may be in a file, and what it becomes."""
+_HEAD, _EMBED = "lm_head.weight", "model.embed_tokens.weight"
+_ROWS = 4096  # of a table in memory at a time
+_TEMPLATES = "additional_chat_templates"
+_WEIGHTS = (
+    ".safetensors", ".safetensors.index.json", ".bin", ".bin.index.json", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx",
+)  # fmt: skip
 
 
 def read_config(folder: str) -> tuple[ModelConfig, dict[str, Any]]:
@@ -36,9 +50,52 @@ def read_config(folder: str) -> tuple[ModelConfig, dict[str, Any]]:
     if raw.get("num_nextn_predict_layers") and not any(name.endswith(".eh_proj.weight") for name in _names(folder)):
         raw["num_nextn_predict_layers"] = 0
     try:
-        return model_config(raw, path), raw
+        cfg = model_config(raw, path)
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]!r} is missing, which model_type={raw.get('model_type')!r} needs") from error
+    # Others say that the head is the embedding and hold another one.
+    if cfg.tie_embeddings and _HEAD in _names(folder) and not _equal(folder, _HEAD, _EMBED):
+        raw["tie_word_embeddings"], cfg = False, replace(cfg, tie_embeddings=False)
+    return cfg, raw
+
+
+def read_dtypes(folder: str) -> dict[str, str]:
+    """The dtypes of the numbers in the files: that of most tensors under "", and those of the others by name."""
+    found = {name: _READ.get(dtype, "float32") for name, (_, _, dtype) in _headers(folder).items()}
+    most = Counter(found.values()).most_common(1)[0][0] if found else "float32"
+    return {"": most} | {name: dtype for name, dtype in found.items() if dtype != most}
+
+
+def beside(folder: str) -> list[str]:
+    """What stands in a folder beside config.json and the weights: tokenizer, templates, generation_config.json, licence ..."""
+    entries = os.scandir(folder) if os.path.isdir(folder) else ()
+    names = [entry.name for entry in entries if entry.is_file() and not entry.name.startswith(".")]
+    kept = sorted(name for name in names if name != "config.json" and not name.endswith(_WEIGHTS))
+    if os.path.isdir(os.path.join(folder, _TEMPLATES)):
+        kept.append(_TEMPLATES)
+    return [os.path.join(folder, name) for name in kept]
+
+
+def copy_beside(files: Sequence[str], folder: str | os.PathLike) -> None:
+    """Copies what `beside` names into `folder`."""
+    for file in files:
+        if os.path.isdir(file):
+            shutil.copytree(file, os.path.join(folder, os.path.basename(file)))
+        else:
+            shutil.copy(file, folder)
+
+
+def _equal(folder: str, name: str, other: str) -> bool:
+    """Whether two tensors of a folder hold the same numbers; a block of rows in memory at a time."""
+    headers = _headers(folder)
+    if name not in headers or other not in headers or headers[name][1:] != headers[other][1:]:
+        return False
+    if headers[name][2] not in _READ:  # `locate_tensors` refuses it
+        return False
+    with open_tensors(headers[name][0]) as first, open_tensors(headers[other][0]) as second:
+        one, two, rows = first.get_slice(name), second.get_slice(other), headers[name][1][0]
+        blocks = (slice(start, min(start + _ROWS, rows)) for start in range(0, rows, _ROWS))
+        return all(np.array_equal(one[block], two[block]) for block in blocks)
 
 
 def load_params(folder: str, cfg: ModelConfig, family: str, mesh: Mesh | None = None, dtype: str = "float32") -> Params:
@@ -96,35 +153,56 @@ def _aligned(shape, dtype) -> np.ndarray:
 
 
 def locate_tensors(folder: str, cfg: ModelConfig, family: str) -> dict[str, str]:
-    """Tensor -> file, after every name and shape was compared with what the config asks for; reads no weight."""
+    """Tensor -> file, after every name, shape and dtype was compared with what the config asks for; reads no weight but those
+    that are copies of others."""
     specs, places = leaves(cfg), tensor_map(cfg, family)
-    files = _locate(folder)
-    found: dict[str, tuple[str, tuple[int, ...]]] = {}
-    for file in sorted(set(files.values())):
-        with _open(file) as archive:
-            for name in list(archive.keys()):
-                found[name] = file, tuple(archive.get_slice(name).get_shape())
+    found = _headers(folder)
+    for name, (file, _, dtype) in found.items():
+        if not _may_be_left(name, cfg):
+            check_dtype(file, name, dtype)
     for name in places:
         if name not in found and not is_copy(name):
             raise UserError(f"{folder}: tensor {name!r} is missing; config.json asks for it")
-    for name, (file, shape) in found.items():
+    for name, (file, shape, _) in found.items():
         if name in places:
             want = disk_shape(places[name], specs)
             if shape != want:
                 raise UserError(f"{file}: tensor {name!r} has shape {list(shape)}; config.json asks for {list(want)}")
         elif not _may_be_left(name, cfg):
             raise UserError(f"{file}: tensor {name!r} has no place in the model that config.json describes")
-    return {name: file for name, (file, _) in found.items()}
+    for name in filter(is_copy, found.keys() & places.keys()):
+        original = next(other for other, place in places.items() if place.parts == places[name].parts)
+        if not _equal(folder, name, original):
+            raise UserError(f"{found[name][0]}: tensor {name!r} must be a copy of {original!r}, and is not equal to it")
+    return {name: file for name, (file, *_) in found.items()}
+
+
+def check_dtype(file: str, name: str, dtype: str) -> None:
+    """UserError for a dtype, as safetensors calls it, of which plain numbers cannot be made: those of quantized weights."""
+    if dtype not in _READ:
+        raise UserError(f"{file}: tensor {name!r} is of dtype {dtype}; convert it to one of {', '.join(_READ)} first")
+
+
+def _headers(folder: str) -> dict[str, tuple[str, tuple[int, ...], str]]:
+    """File, shape and dtype of every tensor, from the headers of the files alone."""
+    found = {}
+    for file in sorted(set(_locate(folder).values())):
+        with open_tensors(file) as archive:
+            for name in list(archive.keys()):
+                header = archive.get_slice(name)
+                found[name] = file, tuple(header.get_shape()), header.get_dtype()
+    return found
 
 
 def _may_be_left(name: str, cfg: ModelConfig) -> bool:
-    """Tensors that carry nothing: tied heads and computed tables."""
-    tied = cfg.tie_embeddings and name == "lm_head.weight"
+    """Tensors that carry nothing: heads equal to the embedding (see `read_config`) and computed tables."""
+    tied = cfg.tie_embeddings and name == _HEAD
     return tied or name.endswith("rotary_emb.inv_freq")
 
 
 @contextlib.contextmanager
-def _open(file: str) -> Iterator[Any]:
+def open_tensors(file: str) -> Iterator[Any]:
+    """A safetensors file. UserError if it cannot be read."""
     try:
         with safe_open(file, framework="np") as archive:
             yield archive
@@ -137,7 +215,7 @@ def _names(folder: str) -> set[str]:
     files = _locate(folder)
     if "" not in files:
         return set(files)
-    with _open(files[""]) as archive:
+    with open_tensors(files[""]) as archive:
         return set(archive.keys())
 
 
@@ -158,45 +236,62 @@ def save_params(
     folder: str,
     *,
     source: dict[str, Any] | None = None,
-    dtype: str = "float32",
+    dtypes: Mapping[str, str] = MappingProxyType({"": "float32"}),
     shard_bytes: int = 2**31,
     beside: Sequence[str] = (),
     token_ids: Mapping[str, Any] | None = None,
 ) -> None:
     """Writes config.json, safetensors of at most `shard_bytes` each and the files of `beside` into a new `folder`.
 
-    source: the config.json that the model came from. token_ids: bos_token_id, eos_token_id (one or several) and pad_token_id,
-    which config.json and generation_config.json then name, so that others stop where this library does. Each shard is read
-    back and compared; the folder is there whole or not at all. UserError if the family cannot express this model.
+    source: the config.json that the model came from. dtypes: as from `read_dtypes`. token_ids: bos_token_id, eos_token_id (a
+    list) and pad_token_id, which config.json and generation_config.json then name, so that others stop where this library
+    does: what these files say already stays, and only ends that are missing are added. Each shard is read back and compared;
+    the folder is there whole or not at all. UserError if the family cannot express this model.
     """
     if os.path.exists(folder):
         raise UserError(f"{folder}: exists already; name a new folder")
-    config = hf_config(cfg, family, source) | {"dtype": dtype, "torch_dtype": dtype} | dict(token_ids or {})
+    config = _with_ids(hf_config(cfg, family, source), token_ids or {})
+    config |= {name: dtypes[""] for name in ("dtype", "torch_dtype") if name in config}
     specs, places = leaves(cfg), tensor_map(cfg, family)
     flat = dict(zip(specs, jax.tree.leaves(params), strict=True))
-    groups, total = _shard_groups(places, specs, _DTYPES[dtype].itemsize, shard_bytes)
+    kinds = {name: _DTYPES[dtypes.get(name, dtypes[""])] for name in places}
+    groups, total = _shard_groups(places, specs, kinds, shard_bytes)
     weight_map = {}
     with whole_folder(folder) as new:
         for number, names in enumerate(groups, 1):
             file = _SINGLE if len(groups) == 1 else f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-            tensors = {name: _disk_tensor(places[name], flat, _DTYPES[dtype]) for name in names}
+            tensors = {name: _disk_tensor(places[name], flat, kinds[name]) for name in names}
             save_file(tensors, new / file, metadata={"format": "pt"})
             _read_back(new / file, tensors)
             weight_map |= dict.fromkeys(names, file)
         if len(groups) > 1:
             write_json_atomic(new / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json_atomic(new / "config.json", config)
-        for file in beside:
-            shutil.copy(file, new)
-        if token_ids and not (new / _GENERATION).exists():
-            write_json_atomic(new / _GENERATION, dict(token_ids))
+        copy_beside(beside, new)
+        if token_ids:
+            write_json_atomic(new / _GENERATION, _with_ids(_generation(new / _GENERATION, config), token_ids))
 
 
-def _shard_groups(places, specs, itemsize: int, shard_bytes: int) -> tuple[list[list[str]], int]:
+def _generation(path: pathlib.Path, config: dict[str, Any]) -> dict[str, Any]:
+    """generation_config.json, or where there is none, what config.json says in its place."""
+    if path.exists():
+        return read_json(path)
+    return {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None}
+
+
+def _with_ids(config: dict[str, Any], ids: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with the ids that it lacks."""
+    out = config | {name: value for name, value in ids.items() if config.get(name) is None}
+    known, ends = out.get("eos_token_id"), set(ids.get("eos_token_id", ()))
+    known = set(known if isinstance(known, list) else [known])
+    return out if ends <= known else out | {"eos_token_id": sorted(ends | known)}
+
+
+def _shard_groups(places, specs, kinds: Mapping[str, np.dtype], shard_bytes: int) -> tuple[list[list[str]], int]:
     groups: list[list[str]] = [[]]
     filled = total = 0
     for name, place in places.items():
-        size = int(np.prod(disk_shape(place, specs), dtype=np.int64)) * itemsize
+        size = int(np.prod(disk_shape(place, specs), dtype=np.int64)) * kinds[name].itemsize
         if groups[-1] and filled + size > shard_bytes:
             groups.append([])
             filled = 0

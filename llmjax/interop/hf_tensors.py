@@ -98,6 +98,19 @@ SIDE_BY_SIDE = Form(
 )
 
 
+def _one_below_another() -> Form:
+    """[out 1 + out 2 + ..., in]: matrices of one input (Phi-3)."""
+
+    def split(x, shapes):
+        ends = np.cumsum([math.prod(shape[1:]) for shape in shapes])
+        return tuple(part.T.reshape(shape) for part, shape in zip(np.split(x, ends[:-1]), shapes))
+
+    return Form(split, lambda *parts: np.concatenate([INTO.join(w) for w in parts]))
+
+
+BELOW = _one_below_another()
+
+
 def leaves(cfg: ModelConfig) -> dict[Leaf, ParamSpec]:
     """Every leaf of the model by its dotted path."""
     found, _ = jax.tree_util.tree_flatten_with_path(transformer_spec(cfg), is_leaf=is_spec)
@@ -141,8 +154,8 @@ _Entry = tuple[str, list[tuple[Leaf, tuple[int, ...]]], Form]
 @functools.cache
 def _layer(cfg: ModelConfig, family: str, sparse: bool) -> tuple[_Entry, ...]:
     """Name below `model.layers.i.`, parts and form of each tensor of a layer."""
-    attention = _mla(cfg) if cfg.mla is not None else _attention(cfg)
-    feed_forward = _experts(cfg, family) if sparse else _mlp("mlp", "mlp")
+    attention = _mla(cfg) if cfg.mla is not None else _attention(cfg, family)
+    feed_forward = _experts(cfg, family) if sparse else _mlp("mlp", "mlp", fused=family == "phi3")
     return (*_norms(cfg), *attention, *feed_forward)
 
 
@@ -160,17 +173,21 @@ def _entry(name: str, leaf: Leaf, form: Form, index: tuple[int, ...] = ()) -> _E
 
 
 def _norms(cfg: ModelConfig) -> Iterator[_Entry]:
-    yield _entry("input_layernorm.weight", "attention_norm", SAME)
+    if cfg.pre_norms:
+        yield _entry("input_layernorm.weight", "attention_norm", SAME)
     if cfg.post_norms:
         yield _entry("post_attention_layernorm.weight", "attention_post_norm", SAME)
-        yield _entry("pre_feedforward_layernorm.weight", "mlp_norm", SAME)
+        if cfg.pre_norms:
+            yield _entry("pre_feedforward_layernorm.weight", "mlp_norm", SAME)
         yield _entry("post_feedforward_layernorm.weight", "mlp_post_norm", SAME)
     else:
         yield _entry("post_attention_layernorm.weight", "mlp_norm", SAME)
 
 
-def _attention(cfg: ModelConfig) -> Iterator[_Entry]:
-    for name in "qkv":
+def _attention(cfg: ModelConfig, family: str) -> Iterator[_Entry]:
+    if family == "phi3":
+        yield "self_attn.qkv_proj.weight", [(f"attention.{name}", ()) for name in "qkv"], BELOW
+    for name in "" if family == "phi3" else "qkv":
         yield _entry(f"self_attn.{name}_proj.weight", f"attention.{name}", INTO)
         if cfg.qkv_bias:
             yield _entry(f"self_attn.{name}_proj.bias", f"attention.{name}_bias", FLAT)
@@ -198,8 +215,10 @@ def _mla(cfg: ModelConfig) -> Iterator[_Entry]:
     yield _entry("self_attn.o_proj.weight", "attention.o", OUT)
 
 
-def _mlp(name: str, leaf: Leaf, index: tuple[int, ...] = ()) -> Iterator[_Entry]:
-    for matrix in ("gate", "up", "down"):
+def _mlp(name: str, leaf: Leaf, index: tuple[int, ...] = (), fused: bool = False) -> Iterator[_Entry]:
+    if fused:
+        yield f"{name}.gate_up_proj.weight", [(f"{leaf}.gate", index), (f"{leaf}.up", index)], BELOW
+    for matrix in ("down",) if fused else ("gate", "up", "down"):
         yield _entry(f"{name}.{matrix}_proj.weight", f"{leaf}.{matrix}", INTO, index)
 
 

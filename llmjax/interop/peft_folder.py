@@ -18,11 +18,11 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from llmjax.errors import UserError
 from llmjax.files import read_json, whole_folder, write_json_atomic
+from llmjax.interop.hf_folder import check_dtype, open_tensors
 from llmjax.interop.hf_tensors import INTERLEAVED, INTO, OUT, Form, Leaf, leaves, tensor_map
 from llmjax.models.config import ModelConfig
 from llmjax.models.linear import LowRank
@@ -224,10 +224,11 @@ def _own_shapes(pair: _Pair, shapes: dict[Leaf, tuple[int, ...]]) -> list[tuple[
 def _match(folder: str, cfg: ModelConfig, family: str, shapes) -> list[tuple[_Pair, np.ndarray, np.ndarray]]:
     """Each pair in the file: what it belongs to, lora_A, lora_B."""
     path = os.path.join(folder, TENSORS)
-    try:
-        tensors = load_file(path)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: not a readable safetensors file ({error})") from error
+    tensors: dict[str, np.ndarray] = {}
+    with open_tensors(path) as archive:
+        for name in list(archive.keys()):
+            check_dtype(path, name, archive.get_slice(name).get_dtype())
+            tensors[name] = archive.get_tensor(name)
     known = {pair.tensor: (pair,) for pair in _matrices(cfg, family)}
     for layer in _experts(cfg, family):
         known |= {pair.tensor: layer for pair in layer}

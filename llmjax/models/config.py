@@ -78,10 +78,6 @@ class MoEConfig:
         self._validate_router()
         if self.top_k > self.num_experts:
             raise UserError(f"top_k={self.top_k} must not exceed num_experts={self.num_experts}")
-        if self.top_k == 1 and self.renormalize and self.router == "top_k":
-            raise UserError(
-                "top_k=1 with renormalize=True makes every gate 1, so the router gets no gradient; set renormalize=False"
-            )
         if self.num_experts % self.num_groups:
             raise UserError(f"num_groups={self.num_groups} does not divide num_experts={self.num_experts}")
         if self.top_k_groups > self.num_groups:
@@ -89,6 +85,14 @@ class MoEConfig:
         reachable = self.top_k_groups * self.num_experts // self.num_groups
         if self.top_k > reachable:
             raise UserError(f"top_k={self.top_k}, but top_k_groups={self.top_k_groups} hold only {reachable} experts")
+
+    def check_router_learns(self, where: str = "") -> None:
+        """UserError, beginning with `where`, if only the balancing losses would train the router: no use in a new model."""
+        if self.top_k == 1 and self.renormalize and self.router == "top_k":
+            raise UserError(
+                f"{where}top_k=1 with renormalize=True makes every gate 1, so the router gets no gradient; "
+                "set renormalize=False"
+            )
 
     def _validate_router(self) -> None:
         if self.bias_update_rate and not self.selection_bias:
@@ -152,12 +156,14 @@ class ModelConfig:
 
     The rest tells families apart. activation: "silu" (SwiGLU), "gelu" (GeGLU, tanh form) or "clipped_silu" (gpt-oss), its
     inputs clipped at activation_limit. sliding_window: tokens that a local layer sees, itself included; 0: no local layers;
-    global_every: every n-th layer sees everything, 0: none. local_rope_theta: of local layers, 0 for rope_theta, unscaled.
+    global_every: every n-th layer sees everything, 0: none; global_layers: so do these, counted from 0.
+    local_rope_theta: of local layers, unscaled; 0: as in the others.
     qk_norm: RMSNorm of queries and keys per head (Qwen3, Gemma-3) or over all heads ("full", OLMoE). qkv_bias, out_bias:
     biases of the projections. attention_sinks: a learned logit per head in the softmax's denominator (gpt-oss).
     attention_scale: 0 for 1/sqrt(width of a query). attention_softcap, logit_softcap: c tanh(x / c), 0 for none (Gemma-2).
-    post_norms: a norm behind each branch too (Gemma). norm_offset: the scale of a norm is weight + norm_offset (Gemma: 1).
-    scale_embedding: embeddings times sqrt(embed_dim) (Gemma). mla: latent attention in place of grouped queries.
+    post_norms: a norm behind each branch (Gemma); pre_norms: one before it, which OLMo-2 has not. norm_offset: the scale of
+    a norm is weight + norm_offset (Gemma: 1). scale_embedding: embeddings times sqrt(embed_dim) (Gemma). mla: latent
+    attention in place of grouped queries.
     num_mtp_layers: modules that predict one token further each, for training only; mtp_coef: weight of their loss, the mean
     over modules (DeepSeek-V3, arXiv:2412.19437, section 2.2).
     """
@@ -181,6 +187,7 @@ class ModelConfig:
     rope_scaling: RopeScaling | None = None
     sliding_window: NonNegativeInt = 0
     global_every: NonNegativeInt = 0
+    global_layers: tuple[NonNegativeInt, ...] = ()
     local_rope_theta: NonNegativeFloat = 0.0
     qk_norm: Literal["none", "head", "full"] = "none"
     qkv_bias: bool = False
@@ -189,6 +196,7 @@ class ModelConfig:
     attention_scale: NonNegativeFloat = 0.0
     attention_softcap: NonNegativeFloat = 0.0
     logit_softcap: NonNegativeFloat = 0.0
+    pre_norms: bool = True
     post_norms: bool = False
     norm_offset: float = 0.0
     scale_embedding: bool = False
@@ -243,7 +251,7 @@ class ModelConfig:
         """How many tokens each layer sees, itself included; UNLIMITED for a global layer."""
 
         def one(layer):
-            is_global = self.global_every > 0 and (layer + 1) % self.global_every == 0
+            is_global = layer in self.global_layers or (self.global_every > 0 and (layer + 1) % self.global_every == 0)
             return UNLIMITED if self.sliding_window == 0 or is_global else self.sliding_window
 
         return tuple(one(layer) for layer in range(self.num_layers))
@@ -258,6 +266,12 @@ class ModelConfig:
             raise UserError(f"head_dim={self.head_dim} must be even: RoPE rotates pairs")
         if self.global_every and not self.sliding_window:
             raise UserError(f"global_every={self.global_every} needs a sliding_window for the layers between")
+        if self.global_layers and not self.sliding_window:
+            raise UserError(f"global_layers={self.global_layers} needs a sliding_window for the other layers")
+        if any(layer >= self.num_layers for layer in self.global_layers):
+            raise UserError(f"global_layers={self.global_layers}: there are only num_layers={self.num_layers}, counted from 0")
+        if not (self.pre_norms or self.post_norms):
+            raise UserError("pre_norms=False and post_norms=False leave the layers without norms; set one of them")
         if self.moe is not None and self.moe.first_k_dense + self.moe.every > self.num_layers:
             below = f"moe.first_k_dense={self.moe.first_k_dense} and moe.every={self.moe.every}"
             raise UserError(f"{below} leave no sparse layer of num_layers={self.num_layers}; their sum must not exceed it")

@@ -29,10 +29,34 @@ def _llama31(num_layers, embed_dim, num_heads, mlp_dim) -> ModelConfig:
     return replace(_llama3(num_layers, embed_dim, num_heads, mlp_dim), rope_scaling=RopeScaling("llama3", factor=8.0))
 
 
+def _qwen25(num_layers, embed_dim, num_heads, num_kv_heads, mlp_dim, tie=True, vocab_size=151_936) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=vocab_size, num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        head_dim=embed_dim // num_heads, mlp_dim=mlp_dim, rope_theta=1e6, norm_eps=1e-6, tie_embeddings=tie, qkv_bias=True,
+        dtype="bfloat16",
+    )  # fmt: skip
+
+
 def _qwen3(num_layers, embed_dim, num_heads, mlp_dim, tie=False, vocab_size=151_936) -> ModelConfig:
     return ModelConfig(
         vocab_size=vocab_size, num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=8,
         head_dim=128, mlp_dim=mlp_dim, rope_theta=1e6, norm_eps=1e-6, tie_embeddings=tie, qk_norm="head", dtype="bfloat16",
+    )  # fmt: skip
+
+
+def _gemma(num_layers, embed_dim, num_heads, num_kv_heads, mlp_dim) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=256_000, num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_kv_heads,
+        head_dim=256, mlp_dim=mlp_dim, norm_eps=1e-6, activation="gelu", norm_offset=1.0, scale_embedding=True,
+        dtype="bfloat16",
+    )  # fmt: skip
+
+
+def _olmo2(num_layers, embed_dim, num_heads, mlp_dim) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=100_352, num_layers=num_layers, embed_dim=embed_dim, num_heads=num_heads, num_kv_heads=num_heads,
+        head_dim=128, mlp_dim=mlp_dim, rope_theta=500_000.0, norm_eps=1e-6, qk_norm="full", pre_norms=False, post_norms=True,
+        **_BF16,
     )  # fmt: skip
 
 
@@ -86,12 +110,31 @@ PRESETS: dict[str, ModelConfig] = {
     "llama3.1-8b": _llama31(32, 4096, 32, 14336),
     "llama3.1-70b": _llama31(80, 8192, 64, 28672),
     "llama3.1-405b": _llama31(126, 16384, 128, 53248),
+    "qwen2.5-0.5b": _qwen25(24, 896, 14, 2, 4864),
+    "qwen2.5-1.5b": _qwen25(28, 1536, 12, 2, 8960),
+    "qwen2.5-7b": _qwen25(28, 3584, 28, 4, 18944, tie=False, vocab_size=152_064),
     "qwen3-0.6b": _qwen3(28, 1024, 16, 3072, tie=True),
     "qwen3-1.7b": _qwen3(28, 2048, 16, 6144, tie=True),
     "qwen3-4b": _qwen3(36, 2560, 32, 9728, tie=True),
     "qwen3-8b": _qwen3(36, 4096, 32, 12288),
     "qwen3-14b": _qwen3(40, 5120, 40, 17408),
     "qwen3-32b": _qwen3(64, 5120, 64, 25600),
+    "mistral-7b": ModelConfig(
+        vocab_size=32_000, num_layers=32, embed_dim=4096, num_heads=32, num_kv_heads=8, head_dim=128, mlp_dim=14336,
+        sliding_window=4096, norm_eps=1e-5, **_BF16,
+    ),
+    "phi3-mini": ModelConfig(
+        vocab_size=32_064, num_layers=32, embed_dim=3072, num_heads=32, num_kv_heads=32, head_dim=96, mlp_dim=8192,
+        sliding_window=2047, norm_eps=1e-5, **_BF16,
+    ),
+    "phi4": ModelConfig(
+        vocab_size=100_352, num_layers=40, embed_dim=5120, num_heads=40, num_kv_heads=10, head_dim=128, mlp_dim=17920,
+        rope_theta=250_000.0, norm_eps=1e-5, **_BF16,
+    ),
+    "olmo2-1b": _olmo2(16, 2048, 16, 8192),
+    "olmo2-7b": _olmo2(32, 4096, 32, 11008),
+    "gemma-2b": _gemma(18, 2048, 8, 1, 16384),
+    "gemma-7b": _gemma(28, 3072, 16, 16, 24576),
     "gemma3-270m": _gemma3(18, 640, 4, 1, 256, 2048, 512, vocab_size=262_144, rope_scaling=None),
     "gemma3-1b": _gemma3(26, 1152, 4, 1, 256, 6912, 512, vocab_size=262_144, rope_scaling=None),
     "gemma3-4b": _gemma3(34, 2560, 8, 4, 256, 10240, 1024),

@@ -25,11 +25,11 @@ from llmjax.typing import Array, Float, Int, PRNGKeyArray
 
 @struct.dataclass
 class Block:
-    """One pre-norm Transformer block; leaves are stacked over layers [L, ...]. post norms: behind the branches, or None."""
+    """One Transformer block; leaves are stacked over layers [L, ...]. Norms before the branches and behind them, or None."""
 
-    attention_norm: Array
+    attention_norm: Array | None
     attention: Attention | Mla
-    mlp_norm: Array
+    mlp_norm: Array | None
     mlp: Mlp | Moe
     attention_post_norm: Array | None = None
     mlp_post_norm: Array | None = None
@@ -67,11 +67,11 @@ def transformer_spec(cfg: ModelConfig) -> Params:
     """The `ParamSpec` of every leaf."""
     d = cfg.embed_dim
     norm = param((d,), (None,), constant=1.0 - cfg.norm_offset)
-    post_norm = norm if cfg.post_norms else None
+    pre_norm, post_norm = norm if cfg.pre_norms else None, norm if cfg.post_norms else None
 
     def block(mlp):
         attention = attention_spec(cfg) if cfg.mla is None else mla_spec(cfg)
-        return Block(norm, attention, norm, mlp, post_norm, post_norm)
+        return Block(pre_norm, attention, pre_norm, mlp, post_norm, post_norm)
 
     def stack(spec, num_layers) -> Any:
         return jax.tree.map(lambda s: s.stacked(num_layers), spec, is_leaf=is_spec) if num_layers else None
@@ -206,18 +206,18 @@ def _run_blocks(blocks: Block, below: Block | None, x_BTD, windows, ropes, segme
     layers or None, router statistics stacked or None)."""
 
     def block(x_BTD, w, window, layer_cache, routes, key):
-        y_BTD = rms_norm(x_BTD, w.attention_norm, cfg.norm_eps, cfg.norm_offset)
+        y_BTD = _optional_norm(x_BTD, w.attention_norm, cfg)
         attend = attention if cfg.mla is None else mla_attention
         rope = _choose_rope(ropes, window)
         y_BTD, layer_cache = attend(w.attention, y_BTD, rope, segment_ids_BT, cfg, window, layer_cache)
-        x_BTD = x_BTD + _post_norm(y_BTD, w.attention_post_norm, cfg)
-        y_BTD = rms_norm(x_BTD, w.mlp_norm, cfg.norm_eps, cfg.norm_offset)
+        x_BTD = x_BTD + _optional_norm(y_BTD, w.attention_post_norm, cfg)
+        y_BTD = _optional_norm(x_BTD, w.mlp_norm, cfg)
         if isinstance(w.mlp, Mlp):
             y_BTD, stats = gated_mlp(w.mlp, y_BTD, activation(cfg.activation, cfg.activation_limit)), None
         else:
             options = dict(tokens_BT=router.tokens, routes_BTC=routes, key=key, decoding=cache is not None)
             y_BTD, stats = moe_layer(w.mlp, y_BTD, segment_ids_BT, cfg, **options)
-        return x_BTD + _post_norm(y_BTD, w.mlp_post_norm, cfg), layer_cache, stats
+        return x_BTD + _optional_norm(y_BTD, w.mlp_post_norm, cfg), layer_cache, stats
 
     def group(x_BTD, blocks, windows, caches, routes, key):
         new_caches = []  # statistics are those of the last block: the dense ones below it have none
@@ -266,8 +266,8 @@ def _choose_rope(ropes, window):
     return jax.tree.map(lambda far, near: jnp.where(window == UNLIMITED, far, near), everywhere, local)
 
 
-def _post_norm(y_BTD, scale_D, cfg: ModelConfig):
-    return y_BTD if scale_D is None else rms_norm(y_BTD, scale_D, cfg.norm_eps, cfg.norm_offset)
+def _optional_norm(x_BTD, scale_D, cfg: ModelConfig):
+    return x_BTD if scale_D is None else rms_norm(x_BTD, scale_D, cfg.norm_eps, cfg.norm_offset)
 
 
 def with_mean_rows(params: Params, ids: tuple[int, ...]) -> Params:

@@ -22,26 +22,22 @@ from llmjax.models.lora import LoRAConfig, lora_spec
 from llmjax.models.spec import abstract_params
 from llmjax.models.transformer import Params, transformer_spec
 from llmjax.results import ADAPTER, MODEL_FILE, PARAMS, RESULT_FILE
-from llmjax.runs.workdir import CONFIG, TOKENIZER
+from llmjax.runs.workdir import CONFIG, SOURCE, TOKENIZER
 from llmjax.stages.base import HF
 from llmjax.training import checkpoint
-
-# What stands beside the weights of a Hugging Face folder and says how text becomes tokens and ends.
-BESIDE = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json",
-    "tokenizer.model", "vocab.json", "merges.txt",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class LanguageModel:
     """A language model in a folder; nothing large is read before it is asked for.
 
-    load: load(dtype) gives the parameters. dtype: that of the numbers in the folder. tokenizer: gives its tokenizer. raw: the
-    config.json of the Hugging Face folder that it comes from, None for a model that began here. beside: tokenizer files.
-    chats: whether it has learnt to answer; a base model has not. length: of the longest texts that it was trained on, in
-    tokens; 0 where that is not known. lora: gives the low-rank updates that are in a stage's parameters, their config and the
-    folder of the model that they were added to; None for other models.
+    load: load(dtype) gives the parameters. dtype: one that holds the numbers in the folder without loss. tokenizer: gives its
+    tokenizer. raw: the config.json of the Hugging Face folder that it comes from, None for a model that began here. beside:
+    what belongs to it beside config.json and weights. written: dtypes of the tensors of a folder that is made of it, as from
+    `hf_folder.read_dtypes`. chats: whether it has learnt to answer; a base model has not. length: of the longest texts that it
+    was trained on, in tokens; 0 where that is not known. trained: whether a stage of a run has made it. lora: gives the
+    low-rank updates that are in a stage's parameters, their config and the folder of the model that they were added to; None
+    for other models.
     """
 
     cfg: ModelConfig
@@ -50,8 +46,10 @@ class LanguageModel:
     tokenizer: Callable[[], Tokenizer]
     raw: dict[str, Any] | None
     beside: list[str]
+    written: dict[str, str]
     chats: bool
     length: int
+    trained: bool = False
     lora: Callable[[], tuple[Params, LoRAConfig, str]] | None = None
 
 
@@ -64,7 +62,10 @@ def write_model_file(
     kind: "language" or "scalar". hf_source: the Hugging Face folder that the experiment's model comes from. chats, length: as
     in `LanguageModel`.
     """
-    source = {"folder": hf_source, "config": hf_folder.read_config(hf_source)[1]} if hf_source else None
+    source = None
+    if hf_source:
+        config, dtypes = hf_folder.read_config(hf_source)[1], hf_folder.read_dtypes(hf_source)
+        source = {"folder": hf_source, "config": config, "dtypes": dtypes}
     about = {"kind": kind, "dtype": "float32", "model": to_dict(cfg), "source": source, "chats": chats, "length": length}
     lora = {"lora": to_dict(adapter)} if adapter is not None else {}
     write_json_atomic(os.path.join(folder, MODEL_FILE), about | lora)
@@ -90,9 +91,12 @@ def open_model(folder: str) -> LanguageModel:
     def load(dtype: str) -> Params:
         return hf_folder.load_params(folder, cfg, raw["model_type"], dtype=dtype)
 
+    dtypes = hf_folder.read_dtypes(folder)
+    dtype = dtypes[""] if len(dtypes) == 1 else "float32"
     return LanguageModel(
-        cfg, load, cfg.dtype, lambda: read_tokenizer(folder), raw, _beside(folder), has_chat_template(folder), _longest(raw)
-    )
+        cfg, load, dtype, lambda: read_tokenizer(folder), raw, hf_folder.beside(folder), dtypes, has_chat_template(folder),
+        _longest(raw),
+    )  # fmt: skip
 
 
 def _open_saved(folder: str) -> LanguageModel:
@@ -111,7 +115,11 @@ def _open_saved(folder: str) -> LanguageModel:
         lora = from_dict(LoRAConfig, about["lora"]) if "lora" in about else None
     except (KeyError, TypeError, AttributeError, UserError) as error:
         raise UserError(f"{path}: {_broken(error)}") from error
-    tokens = os.path.join(os.path.dirname(os.path.abspath(folder)), TOKENIZER) if of_stage else folder
+    workdir = os.path.dirname(os.path.abspath(folder))
+    tokens = os.path.join(workdir, TOKENIZER) if of_stage else folder
+    files = [path for path in hf_folder.beside(tokens) if os.path.basename(path) != MODEL_FILE]
+    if of_stage and os.path.isdir(origin := os.path.join(workdir, SOURCE)):
+        files = hf_folder.beside(origin)
 
     def load(name: str, specs: Any, dtype: str) -> Any:
         abstract = jax.tree.map(
@@ -125,10 +133,11 @@ def _open_saved(folder: str) -> LanguageModel:
 
     return LanguageModel(
         cfg, lambda dtype: load(PARAMS, transformer_spec(cfg), dtype), about["dtype"],
-        lambda: Tokenizer.load(tokens) if of_stage else read_tokenizer(tokens, raw), raw, _beside(tokens),
+        lambda: Tokenizer.load(tokens) if of_stage else read_tokenizer(tokens, raw), raw, files,
+        source.get("dtypes") or {"": about["dtype"]},
         about.get("chats", True) if of_stage else has_chat_template(folder),
         about.get("length", 0) if of_stage else _longest(raw),
-        updates if lora is not None else None,
+        of_stage, updates if lora is not None else None,
     )  # fmt: skip
 
 
@@ -180,7 +189,3 @@ def _about(folder: str) -> dict[str, Any]:
 
 def _broken(reason: object) -> str:
     return f"does not say what the model is ({reason}); restore the file or make the model again"
-
-
-def _beside(folder: str) -> list[str]:
-    return [path for name in BESIDE if os.path.exists(path := os.path.join(folder, name))]

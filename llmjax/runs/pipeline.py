@@ -15,9 +15,9 @@ from llmjax.config import to_json, validate
 from llmjax.data.base import Data, Splits, read_once
 from llmjax.data.tokenizer import Tokenizer
 from llmjax.errors import UserError
-from llmjax.files import write_text_atomic
-from llmjax.interop.hf_folder import locate_tensors, read_config
-from llmjax.interop.hf_tokenizer import read_tokenizer
+from llmjax.files import whole_folder, write_text_atomic
+from llmjax.interop.hf_folder import beside, copy_beside, locate_tensors, read_config
+from llmjax.interop.hf_tokenizer import PLAIN_TEMPLATE, read_tokenizer
 from llmjax.models.spec import shardings
 from llmjax.models.transformer import transformer_spec
 from llmjax.report.read import read_run
@@ -26,7 +26,7 @@ from llmjax.report.tables import table_grid, to_rich
 from llmjax.results import ADAPTER, PARAMS, Start, Summary, read_about, write_about, write_summary
 from llmjax.runs.models import trained_length, write_model_file
 from llmjax.runs.start import this_start
-from llmjax.runs.workdir import CONFIG, TOKENIZER, check_workdir, in_use
+from llmjax.runs.workdir import CONFIG, SOURCE, TOKENIZER, check_workdir, in_use
 from llmjax.sharding import MeshConfig, make_mesh, use_mesh
 from llmjax.stages.base import Context, Result
 from llmjax.stages.experiment import Experiment, all_data, check_lengths, check_vocabulary
@@ -163,12 +163,22 @@ def _tokenizer(experiment: Experiment, place: _Shelf) -> Tokenizer:
         return Tokenizer.load(directory)
     if experiment.hf_folders:
         tokenizer = read_tokenizer(experiment.hf_folders[0])
+        keep_source(experiment.hf_folders[0], tokenizer, os.path.join(place.workdir, SOURCE))
     else:
         assert experiment.text is not None, "see Experiment.validate"
         tokenizer = Tokenizer.train(_documents(experiment, place), experiment.tokenizer)
     tokenizer = tokenizer.on(experiment.date) if experiment.date else tokenizer
     tokenizer.save(directory)
     return tokenizer
+
+
+def keep_source(folder: str, tokenizer: Tokenizer, target: str) -> None:
+    """Copies what belongs to a Hugging Face model beside its weights, for what is exported later; with the chat template,
+    where it has none."""
+    with whole_folder(target) as new:
+        copy_beside(beside(folder), new)
+        if tokenizer.chat_template == PLAIN_TEMPLATE:
+            write_text_atomic(new / "chat_template.jinja", tokenizer.chat_template)
 
 
 def _documents(experiment: Experiment, place: _Shelf) -> Iterator[str]:

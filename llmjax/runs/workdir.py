@@ -13,7 +13,7 @@ from llmjax.errors import UserError
 from llmjax.files import check_name, locked, read_json
 from llmjax.stages.experiment import Experiment
 
-CONFIG, TOKENIZER = "config.json", "tokenizer"
+CONFIG, TOKENIZER, SOURCE = "config.json", "tokenizer", "source"
 
 
 def in_use(workdir: str) -> AbstractContextManager[None]:

@@ -138,8 +138,8 @@ class Compare(Stage):
 
     rows: by name, in the order of the table. against: the row that differences are to, prompt by prompt, and whose model KL is
     measured from. score: the one of the evaluation's scores that differences, greedy answers and knowledge are counted in;
-    beside: others that are shown. knowledge: the row of a base model asked in its own form; what the row `against` has kept of it, greedily, is reported.
-    draws: sampled answers to each prompt. All errors are clustered by the prompts' groups.
+    beside: others that are shown. knowledge: the row of a base model asked in its own form; what the row `against` has kept of
+    it, greedily, is reported. draws: sampled answers to each prompt. All errors are clustered by the prompts' groups.
     """
 
     rows: dict[str, Row]

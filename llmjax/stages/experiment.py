@@ -72,8 +72,9 @@ class Experiment:
             raise UserError("no stage: give at least one")
         for name in self.stages:
             if not name.replace("_", "").replace("-", "").isalnum() or name in RESERVED:
-                known = " and ".join(RESERVED)
-                raise UserError(f"stages: {name!r} is no name for a stage; use letters, digits, - and _, but not {known}")
+                raise UserError(
+                    f"stages: {name!r} is no name for a stage; use letters, digits, - and _, but not {' or '.join(RESERVED)}"
+                )
         self._validate_links()
         self._validate_date()
         if len(self.hf_folders) > 1:
@@ -83,6 +84,8 @@ class Experiment:
             raise UserError(
                 f"mesh.expert={self.mesh.expert} does not divide model.moe.num_experts={self.model.moe.num_experts}"
             )
+        if self.model.moe is not None and not self.hf_folders:
+            self.model.moe.check_router_learns("model.moe: ")
         for name, stage in self.stages.items():
             stage.check(self, name)
         if not self.hf_folders:
@@ -172,7 +175,7 @@ def _lengths(config: Any, where: str) -> Iterator[tuple[str, int]]:
         yield from _lengths(value, f"{where}.{name}")
 
 
-RESERVED = ("data", "tokenizer")  # folders of a workdir beside those of stages
+RESERVED = ("data", "tokenizer", "source")  # folders of a workdir beside those of stages
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,9 @@ def make_folder(tmp_path):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).write_bytes((tmp_path / "tokenizer" / name).read_bytes())
     (folder / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
+    (folder / "LICENSE").write_text("free\n", encoding="utf-8")
+    config = json.loads((folder / "config.json").read_text()) | {"max_position_embeddings": 4096, "unknown": [1]}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
 
 
@@ -58,7 +61,10 @@ def test_sft_of_a_folder_and_back(folder, tmp_path, capsys, monkeypatch):
     assert tokenizer.fingerprint() == read_tokenizer(str(folder)).fingerprint()
     assert tokenizer.decode([tokenizer.end_of_turn_id]) == "<|end|>" and tokenizer.chat_template == TEMPLATE
     convert.run(["llmjax-convert", f"--source={tmp_path}/run/sft", f"--target={tmp_path}/out"])
-    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "qwen3_moe"
+    was, now = (json.loads((path / "config.json").read_text()) for path in (folder, tmp_path / "out"))
+    ids = {f"{name}_token_id": getattr(tokenizer, f"{name}_id") for name in ("bos", "pad")}
+    assert now == was | ids | {"eos_token_id": list(tokenizer.stop_ids)} and tokenizer.end_of_turn_id in tokenizer.stop_ids
+    assert (tmp_path / "out" / "LICENSE").read_text() == "free\n"
     assert read_tokenizer(str(tmp_path / "out")).fingerprint() == tokenizer.fingerprint()
     capsys.readouterr()
     said = {}

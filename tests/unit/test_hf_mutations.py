@@ -34,6 +34,8 @@ CONFIGS = {
     "chosen weights renormalised": ("olmoe", moe(renormalize=True)),
     "chosen weights as they are": ("qwen3_moe", moe(renormalize=False)),
     "one expert fewer": ("mixtral", moe(top_k=1, renormalize=False)),
+    "window of every layer off by one": ("mistral", model(sliding_window=6)),
+    "own list of layers ignored": ("gemma3-layers", model(global_layers=(), global_every=6)),
     "window off by one": ("gpt_oss", model(sliding_window=6)),
     "clamp": ("gpt_oss", model(activation_limit=7.0)),
     "yarn truncated": ("gpt_oss", rope(truncate=True)),
@@ -56,6 +58,7 @@ WEIGHTS = {
     "shared expert left out": ("deepseek_v3", "mlp", lambda mlp: mlp.replace(shared=None)),
     "gate and up swapped": ("mixtral", "mlp", swapped),
     "biases of experts left out": ("gpt_oss", "mlp", without("gate_bias", "up_bias", "down_bias")),
+    "biases of attention left out": ("qwen2", "attention", without("q_bias", "k_bias", "v_bias")),
     "sinks left out": ("gpt_oss", "attention", lambda part: part.replace(sinks=part.sinks - 1e9)),
 }
 

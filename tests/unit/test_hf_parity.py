@@ -124,17 +124,19 @@ def test_gradient_of_the_loss(case):
     assert abs(got - want) <= 1e-3 * want
     embed = peer.get_input_embeddings().weight.grad.numpy()
     assert np.max(np.abs(np.asarray(grads.embed) - embed)) <= 1e-3 * np.max(np.abs(embed))
-    norm = peer.model.layers[0].input_layernorm.weight.grad.numpy()
     first = grads.blocks if grads.dense_blocks is None else grads.dense_blocks
-    assert np.max(np.abs(np.asarray(first.attention_norm[0]) - norm)) <= 1e-3 * np.max(np.abs(norm))
+    name, scale = ("input", first.attention_norm) if cfg.pre_norms else ("post_attention", first.attention_post_norm)
+    norm = getattr(peer.model.layers[0], f"{name}_layernorm").weight.grad.numpy()
+    assert np.max(np.abs(np.asarray(scale[0]) - norm)) <= 1e-3 * np.max(np.abs(norm))
 
 
 def test_invariant_25_both_spellings_of_the_rotary_settings(case):
     _, folder, cfg, raw, _ = case
     old = {k: v for k, v in raw.items() if k != "rope_parameters"}
     scaling = dict(raw["rope_parameters"])
-    if "full_attention" in scaling:  # Gemma-3
-        old["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
+    if "full_attention" in scaling:  # Gemma-3, OLMo-3
+        if raw["model_type"] == "gemma3_text":
+            old["rope_local_base_freq"] = scaling["sliding_attention"]["rope_theta"]
         scaling = dict(scaling["full_attention"])
     old["rope_theta"] = scaling.pop("rope_theta")
     old["rope_scaling"] = None if scaling["rope_type"] == "default" else scaling

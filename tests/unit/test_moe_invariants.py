@@ -21,7 +21,6 @@ import pytest
 import tiny
 
 from llmjax import sharding
-from llmjax.config import validate
 from llmjax.errors import UserError
 from llmjax.generation.decode import decode_step, prefill
 from llmjax.models.cache import init_cache
@@ -102,7 +101,7 @@ def test_invariant_05_ties_go_to_the_lowest_ids():
 
 def test_invariant_06_one_renormalised_choice_is_refused_for_its_router_would_learn_nothing():
     with pytest.raises(UserError, match="top_k=1 with renormalize=True"):
-        validate(dataclasses.replace(BASE, top_k=1))
+        dataclasses.replace(BASE, top_k=1).check_router_learns()
     for renormalize, learns in ((True, False), (False, True)):
         cfg = dataclasses.replace(BASE, top_k=1, renormalize=renormalize)
         grad = jax.grad(lambda x, cfg=cfg: jnp.sum(jnp.square(route(x, cfg).weights)))(some_logits())

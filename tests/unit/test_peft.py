@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
 pytestmark = pytest.mark.parity
-FAMILIES = ("llama3", "gemma3", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
+FAMILIES = ("llama3", "phi3", "gemma3", "mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss")
 LORA = LoRAConfig(rank=3, alpha=6.0)
 TOLERANCE = 2e-4
 
@@ -154,6 +154,8 @@ BREAKS = {
     "unknown": (lambda a: change_tensors(a, lambda t: t.update(spare=np.zeros(2))), "'spare' has no place"),
     "shape": (
         lambda a: change_tensors(a, lambda t: t.update({Q: np.zeros((3, 7), np.float32)})), r"\[3, 7\] and its lora_B .* fit"),
+    "quantized": (
+        lambda a: change_tensors(a, lambda t: t.update({Q: t[Q].astype(np.int8)})), f"tensor '{Q}' is of dtype I8; convert"),
     "empty": (lambda a: change_tensors(a, lambda t: t.clear()), "holds no update"),
 }  # fmt: skip
 
