@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from absl import flags
@@ -44,28 +44,37 @@ def define_flags() -> flags.FlagValues:
 class Chat:
     """A model with its tokenizer and a dialogue so far."""
 
-    def __init__(self, model: LanguageModel, temperature: float = 0.0, max_new_tokens: int = 128, seed: int = 0):
+    def __init__(
+        self, model: LanguageModel, temperature: float = 0.0, max_new_tokens: int = 128, seed: int = 0,
+        notice: Callable[[str], None] = lambda line: None,
+    ):  # fmt: skip
         import jax
 
         from llmjax.generation.sampling import SamplingConfig
+        from llmjax.models.transformer import unstacked
 
         self.sampling = SamplingConfig(max_new_tokens, temperature)
         validate(self.sampling)
         self.cfg, self.tokenizer = model.cfg, model.tokenizer()
-        self.params = model.load("float32")
+        self.params = unstacked(model.load("float32"), self.cfg)
         self.messages: list[Message] = []
         self._key = jax.random.key(seed)
+        self._notice, self._lengths = notice, set[int]()
 
     def answer(self, message: str) -> Iterator[str]:
-        """Adds the user's message to the dialogue and yields the answer piece by piece."""
+        """Adds the user's message to the dialogue and yields the answer piece by piece. `notice` of the constructor is told
+        when that has to compile first."""
         import jax
 
         from llmjax.data.template import encode_chat
         from llmjax.data.tokenizer import DecodeStream
-        from llmjax.generation.decode import stream
+        from llmjax.generation.decode import padded_length, stream
 
         self.messages.append(Message("user", message))
         tokens = encode_chat(self.tokenizer, self.messages, add_generation_prompt=True).tokens
+        if (length := padded_length(tokens)) not in self._lengths:
+            self._lengths.add(length)
+            self._notice(f"compiling for dialogues of up to {length} tokens ...")
         self._key, key = jax.random.split(self._key)
         decoder, text = DecodeStream(self.tokenizer), ""
         stop_ids: Any = self.tokenizer.stop_ids
@@ -94,7 +103,7 @@ def run(argv: Sequence[str]) -> None:
     else:
         stage, model = open_stage(values.workdir, values.stage or "")
         name = f"{stage} model of {values.workdir}"
-    chat = Chat(model, values.temperature, values.max_new_tokens, values.seed)
+    chat = Chat(model, values.temperature, values.max_new_tokens, values.seed, _notice)
     if values.message is not None:
         _say(chat.answer(values.message))
         return
@@ -111,6 +120,10 @@ def _read() -> str:
         return input("you> ").strip()
     except EOFError:
         return ""
+
+
+def _notice(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
 
 
 def _say(pieces: Iterator[str]) -> None:

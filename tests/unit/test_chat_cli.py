@@ -154,6 +154,17 @@ def test_a_model_wherever_it_lies(capsys, workdir, tmp_path):
         assert capsys.readouterr().out == want
 
 
+def test_it_says_when_it_compiles(capsys, workdir):
+    notices = []
+    talk = chat.Chat(open_model(str(workdir / "teach")), max_new_tokens=2, notice=notices.append)
+    for message in ("hello", "/x" * 40, "hello"):
+        talk.messages.clear()
+        list(talk.answer(message))
+    assert notices == [f"compiling for dialogues of up to {length} tokens ..." for length in (16, 128)]
+    chat.run(["llmjax-chat", f"--workdir={workdir}", "--max_new_tokens=2", "--message=hello"])
+    assert capsys.readouterr().err == notices[0] + "\n"
+
+
 def test_seed_decides_what_is_sampled(capsys, workdir):
     flags = ["--message=hello", "--temperature=1"]
     one, same, other = (answer_of(capsys, workdir, *flags, f"--seed={seed}") for seed in (1, 1, 2))
