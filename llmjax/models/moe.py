@@ -106,14 +106,15 @@ def router_stats(
     load_E = jnp.sum(chosen_BTE, axis=(0, 1)) / num_choices
     prob_E = jnp.sum(probs_BTE * weight_BT[..., None], axis=(0, 1)) / num_tokens
     log_partition_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
-    entropy_BT = log_partition_BT - jnp.sum(probs_BTE * logits_BTE, axis=-1)
+    entropy_BT = jnp.sum(jax.scipy.special.entr(jax.lax.stop_gradient(probs_BTE)), axis=-1)
+    square_BT = jnp.mean(jnp.square(jax.lax.stop_gradient(logits_BTE)), axis=-1)
     return RouterStats(
         load_balance=num_experts * jnp.sum(load_E * prob_E),
         sequence_balance=_sequence_balance(probs_BTE, chosen_BTE, weight_BT),
         z_loss=mean(jnp.square(log_partition_BT)),
         load=load_E,
         entropy=mean(entropy_BT),
-        logit_norm=jnp.sqrt(mean(jnp.mean(jnp.square(logits_BTE), axis=-1))),
+        logit_norm=jnp.sqrt(mean(square_BT)),
         dropped=jnp.sum(dropped_BT * weight_BT) / num_choices,
     )
 

@@ -180,10 +180,13 @@ def unstacked(params: Params, cfg: ModelConfig) -> Params:
     """
     if isinstance(params.blocks, tuple):
         return params
-    dense = cfg.num_dense_layers
-    stacks = {"blocks": _unstack(params.blocks, cfg.num_layers - dense), "dense_blocks": _unstack(params.dense_blocks, dense)}
-    layers: Any = tuple(stacks[name][row] for name, row in layer_rows(cfg))
+    layers: Any = tuple(_row(getattr(params, stack), row) for stack, row in layer_rows(cfg))
     return dataclasses.replace(params, blocks=layers, dense_blocks=None, mtp=None)
+
+
+@jax.jit
+def _row(blocks: Block, row: int) -> Block:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), blocks)
 
 
 def _embedded(table_VD, tokens_BT, positions_BT, cfg: ModelConfig):
@@ -258,8 +261,9 @@ def _layer(
 ):  # fmt: skip
     """One block: (x, its cache or None, its router's statistics or None)."""
     y_BTD = rms_norm(x_BTD, w.attention_norm, cfg.norm_eps, cfg.norm_offset)
-    attend = attention if cfg.mla is None else mla_attention
-    y_BTD, cache = attend(w.attention, y_BTD, rope, segment_ids_BT, cfg, window, cache)
+    inputs = y_BTD, rope, segment_ids_BT, cfg, window, cache
+    own = w.attention
+    y_BTD, cache = mla_attention(own, *inputs) if isinstance(own, Mla) else attention(own, *inputs)
     x_BTD = x_BTD + _post_norm(y_BTD, w.attention_post_norm, cfg)
     y_BTD = rms_norm(x_BTD, w.mlp_norm, cfg.norm_eps, cfg.norm_offset)
     if isinstance(w.mlp, Mlp):
@@ -284,6 +288,7 @@ def _run_blocks(blocks: Block, below: Block | None, x_BTD, windows, ropes, segme
         return x_BTD, stats
 
     def group(x_BTD, blocks, windows, routes, key):
+        stats = None
         for w, window in zip(blocks, windows):
             x_BTD, stats = block(x_BTD, w, window, routes, key)
         return x_BTD, stats  # those of the last block: the dense ones below it have none

@@ -138,7 +138,7 @@ def _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap, with_gra
         return whole.reshape(num_chunks, rows, *a.shape[1:])
 
     (total, dtable), dx = jax.lax.scan(chunk, start, jax.tree.map(cut, parts))
-    return total, dx.reshape(-1, x_MD.shape[1])[:count] if with_grad else None, dtable
+    return total, None if dx is None else dx.reshape(-1, x_MD.shape[1])[:count], dtable
 
 
 def _fused_fwd(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap):

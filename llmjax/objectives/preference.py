@@ -72,8 +72,8 @@ def answer_log_probs(params: Params, rows: dict[str, Array], cfg: ModelConfig) -
     targets_RT = jnp.roll(tokens_RT, -1, axis=1)
     mask_RT = jnp.roll(rows["loss_mask"], -1, axis=1).at[:, -1].set(0)
 
-    rows, length = tokens_RT.shape
-    stretches = math.ceil(length / max(1, CHUNK_LOGITS // (rows * cfg.vocab_size)))
+    count, length = tokens_RT.shape
+    stretches = math.ceil(length / max(1, CHUNK_LOGITS // (count * cfg.vocab_size)))
 
     @jax.checkpoint
     def stretch(total_R, part):
@@ -87,9 +87,9 @@ def answer_log_probs(params: Params, rows: dict[str, Array], cfg: ModelConfig) -
     def cut(a):  # places beyond the last have mask 0
         size = math.ceil(length / stretches)
         whole = jnp.pad(a, [(0, 0), (0, stretches * size - length)] + [(0, 0)] * (a.ndim - 2))
-        return jnp.moveaxis(whole.reshape(rows, stretches, size, *a.shape[2:]), 1, 0)
+        return jnp.moveaxis(whole.reshape(count, stretches, size, *a.shape[2:]), 1, 0)
 
-    start_R, parts = sharding.constrain(jnp.zeros(rows, jnp.float32), "B"), (x_RTD, targets_RT, mask_RT)
+    start_R, parts = sharding.constrain(jnp.zeros(count, jnp.float32), "B"), (x_RTD, targets_RT, mask_RT)
     if stretches == 1:
         return stretch(start_R, parts)[0], stats
     return jax.lax.scan(stretch, start_R, jax.tree.map(cut, parts))[0], stats
