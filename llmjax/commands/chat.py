@@ -65,6 +65,7 @@ class Chat:
         import jax
 
         from llmjax.generation.sampling import SamplingConfig
+        from llmjax.models.transformer import unstacked
 
         self.sampling = SamplingConfig(max_new_tokens, temperature)
         validate(self.sampling)
@@ -72,7 +73,7 @@ class Chat:
         if (tokens := self.tokenizer.vocab_size) > self.cfg.vocab_size:
             raise UserError(f"the tokenizer has {tokens} tokens, the model only {self.cfg.vocab_size}; give it its own")
         self.plain = not model.chats if plain is None else plain
-        self.params = model.load("float32")
+        self.params = unstacked(model.load("float32"), self.cfg)
         self.messages: list[Message] = []
         self.context = 0
         self._key = jax.random.key(seed)

@@ -1,9 +1,14 @@
-"""Token after token with a key/value cache: prefill, one step, and the whole loop in one compiled function."""
+"""Token after token with a key/value cache: prefill, one step, and the whole loop in one compiled function.
+
+Weights are taken as `Params`, or as `unstacked` lays them out for decoding, which saves laying them out again. Experts drop
+nothing, whatever capacity they are trained with.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +18,7 @@ from llmjax import sharding
 from llmjax.generation.sampling import SamplingConfig, sample
 from llmjax.models.cache import LayerCache, init_cache
 from llmjax.models.config import ModelConfig
-from llmjax.models.transformer import Params, hidden_states, logits
+from llmjax.models.transformer import Params, cached_hidden_states, logits, unstacked
 from llmjax.typing import Array, Int
 
 
@@ -41,24 +46,27 @@ class Generation:
 def prefill(params: Params, prompt_BT: Array, segment_ids_BT: Array, cfg: ModelConfig, size: int) -> DecodeState:
     """Runs prompts, padded on the left (segment 0), into a fresh cache of `size` slots."""
     positions_BT = jnp.maximum(jnp.cumsum(segment_ids_BT, axis=1) - 1, 0)
-    x_BTD, cache, _ = hidden_states(
-        params, prompt_BT, cfg,
-        positions_BT=positions_BT, segment_ids_BT=segment_ids_BT,
-        cache=init_cache(cfg, prompt_BT.shape[0], size),
-    )  # fmt: skip
-    assert cache is not None
-    return DecodeState(cache, logits(params, x_BTD[:, -1:], cfg)[:, 0], positions_BT[:, -1] + 1)
+    return _append(params, prompt_BT, positions_BT, segment_ids_BT, init_cache(cfg, prompt_BT.shape[0], size), cfg)
 
 
 def decode_step(params: Params, state: DecodeState, tokens_B: Array, cfg: ModelConfig) -> DecodeState:
-    """Appends one token to every row."""
-    x_BTD, cache, _ = hidden_states(
-        params, tokens_B[:, None], cfg,
-        positions_BT=state.position[:, None], segment_ids_BT=jnp.ones((tokens_B.shape[0], 1), jnp.int32),
-        cache=state.cache,
-    )  # fmt: skip
-    assert cache is not None
-    return DecodeState(cache, logits(params, x_BTD, cfg)[:, 0], state.position + 1)
+    """Appends one token to every row. Outside of `jax.jit` the old state is used up."""
+    ones_B1 = jnp.ones((tokens_B.shape[0], 1), jnp.int32)
+    return _append(params, tokens_B[:, None], state.position[:, None], ones_B1, state.cache, cfg)
+
+
+def _append(params: Params, tokens_BT, positions_BT, segment_ids_BT, cache, cfg: ModelConfig) -> DecodeState:
+    x_BTD, cache, _ = cached_hidden_states(
+        params, tokens_BT, cfg, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache
+    )
+    outside: Any = params.replace(blocks=None, dense_blocks=None, mtp=None)  # type: ignore
+    return DecodeState(cache, *_after(outside, x_BTD, positions_BT, cfg))
+
+
+@partial(jax.jit, static_argnames="cfg")
+def _after(params: Params, x_BTD: Array, positions_BT: Array, cfg: ModelConfig) -> tuple[Array, Array]:
+    """Logits and position of the next token."""
+    return logits(params, x_BTD[:, -1:], cfg)[:, 0], positions_BT[:, -1] + 1
 
 
 @partial(jax.jit, static_argnames=("cfg", "sampling", "stop_ids", "pad_id"))
@@ -80,6 +88,7 @@ def generate(
     """
     b, prompt_length = prompt_BT.shape
     new = sampling.max_new_tokens
+    params = unstacked(params, cfg)
     state = prefill(params, prompt_BT, segment_ids_BT, cfg, prompt_length + new)
     tokens_BR = sharding.constrain(jnp.full((b, new), pad_id, jnp.int32), "B.")
     floats_BR = sharding.constrain(jnp.zeros((b, new), jnp.float32), "B.")
@@ -114,30 +123,32 @@ def _among(tokens_B: Array, ids: tuple[int, ...]) -> Array:
     return found_B
 
 
+def padded_length(prompt: list[int]) -> int:
+    """Tokens of a prompt with its padding: a power of two, at least 16."""
+    return 1 << max(len(prompt) - 1, 15).bit_length()
+
+
 def stream(
     params: Params, prompt: list[int], key: Array, *, cfg: ModelConfig, sampling: SamplingConfig, stop_ids: tuple[int, ...]
 ) -> Iterator[int]:
     """Yields the tokens of one answer as they are made, without the one of `stop_ids` that ends it.
 
-    The prompt is padded on the left to a power of two, so that a growing dialogue compiles a handful of shapes only.
+    The prompt is padded on the left to `padded_length`, so that a growing dialogue compiles a handful of shapes only; a shape
+    compiles one layer, whatever the depth.
     """
-    length = 1 << max(len(prompt) - 1, 15).bit_length()
+    length, params = padded_length(prompt), unstacked(params, cfg)
     pad = length - len(prompt)
     tokens_BT = jnp.asarray([[0] * pad + prompt], jnp.int32)
     segment_ids_BT = jnp.asarray([[0] * pad + [1] * len(prompt)], jnp.int32)
-    state = _prefill(params, tokens_BT, segment_ids_BT, cfg, length + sampling.max_new_tokens)
+    state = prefill(params, tokens_BT, segment_ids_BT, cfg, length + sampling.max_new_tokens)
     for t in range(sampling.max_new_tokens):
-        token_B, state = _sample_and_step(params, state, jax.random.fold_in(key, t)[None], cfg, sampling)
+        token_B, _ = _sample(state.logits, jax.random.fold_in(key, t)[None], sampling)
         token = int(token_B[0])
         if token in stop_ids:
             return
         yield token
+        if t + 1 < sampling.max_new_tokens:
+            state = decode_step(params, state, token_B, cfg)
 
 
-_prefill = jax.jit(prefill, static_argnames=("cfg", "size"))
-
-
-@partial(jax.jit, static_argnames=("cfg", "sampling"), donate_argnums=1)
-def _sample_and_step(params, state: DecodeState, keys_B, cfg: ModelConfig, sampling: SamplingConfig):
-    token_B, _ = sample(state.logits, keys_B, sampling)
-    return token_B, decode_step(params, state, token_B, cfg)
+_sample = jax.jit(sample, static_argnums=2)

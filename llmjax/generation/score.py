@@ -1,4 +1,4 @@
-"""What models say of a given text: log-probabilities of responses, values, rewards."""
+"""What models say of a given text: log-probabilities of responses, values, rewards; experts drop nothing, as in decoding."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def response_log_probs(params: Params, batch: dict[str, Array], cfg: ModelConfig
     """
     response = batch["mask"].shape[1]
     x_BTD, _, stats = hidden_states(
-        params, batch["tokens"], cfg, positions_BT=batch["positions"], segment_ids_BT=batch["segment_ids"]
+        params, batch["tokens"], cfg.dropless(), positions_BT=batch["positions"], segment_ids_BT=batch["segment_ids"]
     )
     logits_BRV = logits(params, x_BTD[:, -response - 1 : -1], cfg)
     log_probs_BR, entropy_BR = token_log_probs(logits_BRV, batch["tokens"][:, -response:], temperature)

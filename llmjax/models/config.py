@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 from llmjax.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
@@ -19,7 +19,7 @@ class MoEConfig:
     router: "top_k"; "expert_choice": experts choose tokens (arXiv:2202.09368), for training only, since a token's fate depends
         on later ones; "hash": experts by the token's id, not learned (arXiv:2106.04426).
     capacity_factor: 0 serves every choice; else an expert takes ceil(capacity_factor * top_k * T / num_experts) tokens of a
-        sequence of T and the others are dropped (arXiv:2006.16668). Decoding never drops.
+        sequence of T and the others are dropped (arXiv:2006.16668). Only pre-training and SFT drop: see `ModelConfig.dropless`.
     router_noise, router_jitter: in training, noise on the logits (deviation router_noise / num_experts, arXiv:2106.05974) and
         factor 1 +- router_jitter on the router's input (arXiv:2101.03961).
     bias_update_rate: after each step of pre-training and SFT the selection bias of an expert with more than its share of
@@ -210,6 +210,21 @@ class ModelConfig:
         if self.moe is None:
             raise ValueError("a dense model has no experts")
         return self.moe
+
+    def dropless(self) -> ModelConfig:
+        """The model as it decodes and scores: every choice is served, whatever capacity and room it is pre-trained with.
+
+        What is dropped depends on padding and on neighbours, so log-probabilities, values and rewards would too, and sampling
+        and training would disagree. Raises UserError where experts choose: there a token's fate depends on later ones.
+        """
+        if self.moe is None:
+            return self
+        if self.moe.router == "expert_choice":
+            raise UserError(
+                "model.moe.router=expert_choice cannot decode, nor score answers: experts choose among all tokens, later ones "
+                "too; it is for pre-training only"
+            )
+        return replace(self, moe=replace(self.moe, capacity_factor=0.0, exchange_factor=0.0))
 
     @property
     def latent(self) -> MLAConfig:

@@ -50,9 +50,9 @@ def scalars(
     positions_BT: Int[Array, "B T"] | None = None,
     segment_ids_BT: Int[Array, "B T"] | None = None,
 ):
-    """One float32 number per position [B, T], and the backbone's router statistics."""
+    """One float32 number per position [B, T], and the backbone's router statistics; experts drop nothing."""
     x_BTD, _, stats = hidden_states(
-        params.backbone, tokens_BT, cfg, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT
+        params.backbone, tokens_BT, cfg.dropless(), positions_BT=positions_BT, segment_ids_BT=segment_ids_BT
     )
     y_BTO = sharding.einsum("BTD,DO->BTO", x_BTD.astype(jnp.float32), params.weight, precision=Precision.HIGHEST)
     return y_BTO[..., 0] + params.bias[0], stats

@@ -16,7 +16,6 @@ import jax.numpy as jnp
 from flax import struct
 
 from llmjax import sharding
-from llmjax.errors import UserError
 from llmjax.models.config import ModelConfig, MoEConfig
 from llmjax.models.expert_parallel import exchanged_experts, gathered_experts, slot_experts
 from llmjax.models.layers import Mlp, activation, gated_mlp, mlp_spec, residual_scale
@@ -107,14 +106,15 @@ def router_stats(
     load_E = jnp.sum(chosen_BTE, axis=(0, 1)) / num_choices
     prob_E = jnp.sum(probs_BTE * weight_BT[..., None], axis=(0, 1)) / num_tokens
     log_partition_BT = jax.nn.logsumexp(logits_BTE, axis=-1)
-    entropy_BT = log_partition_BT - jnp.sum(probs_BTE * logits_BTE, axis=-1)
+    entropy_BT = jnp.sum(jax.scipy.special.entr(jax.lax.stop_gradient(probs_BTE)), axis=-1)
+    square_BT = jnp.mean(jnp.square(jax.lax.stop_gradient(logits_BTE)), axis=-1)
     return RouterStats(
         load_balance=num_experts * jnp.sum(load_E * prob_E),
         sequence_balance=_sequence_balance(probs_BTE, chosen_BTE, weight_BT),
         z_loss=mean(jnp.square(log_partition_BT)),
         load=load_E,
         entropy=mean(entropy_BT),
-        logit_norm=jnp.sqrt(mean(jnp.mean(jnp.square(logits_BTE), axis=-1))),
+        logit_norm=jnp.sqrt(mean(square_BT)),
         dropped=jnp.sum(dropped_BT * weight_BT) / num_choices,
     )
 
@@ -138,13 +138,11 @@ def moe_layer(
     tokens_BT: Int[Array, "B T"] | None = None,
     routes_BTC: Int[Array, "B T C"] | None = None,
     key: PRNGKeyArray | None = None,
-    decoding: bool = False,
 ) -> tuple[Float[Array, "B T D"], RouterStats]:
     """Routes each token and returns the gate-weighted sum of its experts, with the router's statistics.
 
     Tokens of segment 0 are padding: they reach no routed expert, no statistic and no place in an expert. tokens: ids of the
-    vocabulary, for hash routing. routes: to replay. key: of the router's noise in training, None for none. decoding: every
-    choice is served, whatever the capacity.
+    vocabulary, for hash routing. routes: to replay. key: of the router's noise in training, None for none.
     """
     moe, act = cfg.experts, activation(cfg.activation, cfg.activation_limit)
     valid_BT = segment_ids_BT > 0
@@ -154,8 +152,6 @@ def moe_layer(
     experts.append(full_weight(w.down, "EFD", num_leading=1, num_in=1))
     dropped_BT: Array | float = 0.0
     if moe.router == "expert_choice":
-        if decoding:
-            raise UserError("model.moe.router=expert_choice cannot decode: experts choose among all tokens, later ones too")
         slots, probs_BTE = expert_choice(logits_BTE, moe, valid_BT)
         routes_BTC = jnp.zeros((*valid_BT.shape, 0), jnp.int32)
         chosen_BTE = _chosen_by_experts(slots, valid_BT.shape[1])
@@ -166,7 +162,7 @@ def moe_layer(
         )
         probs_BTE, routes_BTC = routing.probs, routing.ids
         chosen_BTE = jnp.sum(routing.ids[..., None] == jnp.arange(moe.num_experts), axis=2).astype(jnp.float32)
-        if moe.capacity_factor and not decoding:
+        if moe.capacity_factor:
             y_BTD, dropped_BT = _run_with_capacity(routing, x_BTD, experts, valid_BT, moe, act)
         else:
             y_BTD, dropped_BT = _run_dropless(w, routing, x_BTD, experts, valid_BT, moe, act)

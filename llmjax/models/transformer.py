@@ -52,7 +52,8 @@ class Params:
     """embed [V, D]; blocks stacked [L, ...]; final_norm [D]; head [V, D], or None when tied to embed.
 
     dense_blocks: the dense layers of a sparse model (`MoEConfig.first_k_dense`, `every`), stacked, or None; blocks are then
-    the sparse ones. mtp: modules for multi-token prediction (`ModelConfig.num_mtp_layers`), or None.
+    the sparse ones. mtp: modules for multi-token prediction (`ModelConfig.num_mtp_layers`), or None. For decoding there is
+    another layout, `unstacked`.
     """
 
     embed: Array
@@ -112,7 +113,7 @@ def hidden_states(
     """Everything but the head: normalised hidden states, the updated cache, router statistics stacked over sparse layers.
 
     positions: for RoPE, default 0..T-1. segment_ids: default all 1; 0 is padding, others attend only to their own.
-    With a cache, tokens are appended to it, and positions must be given. routes: `RouterStats.routes` of an earlier pass, to
+    With a cache it is `cached_hidden_states`, and positions must be given. routes: `RouterStats.routes` of an earlier pass, to
     be taken again by the sparse layers. key: of the routers' noise in training.
     """
     if positions_BT is None:
@@ -121,26 +122,80 @@ def hidden_states(
         positions_BT = jnp.broadcast_to(jnp.arange(tokens_BT.shape[1]), tokens_BT.shape)
     if segment_ids_BT is None:
         segment_ids_BT = jnp.ones(tokens_BT.shape, jnp.int32)
+    if cache is not None:
+        if routes is not None or key is not None:
+            raise ValueError("routes and noise are for passes without a cache")
+        x_BTD, cache, all_stats = cached_hidden_states(
+            params, tokens_BT, cfg, positions_BT=positions_BT, segment_ids_BT=segment_ids_BT, cache=cache
+        )
+        return x_BTD, cache, _stacked(all_stats)
     tokens_BT, positions_BT, segment_ids_BT = (sharding.constrain(a, "BT") for a in (tokens_BT, positions_BT, segment_ids_BT))
-    x_BTD = embed_tokens(params.embed, tokens_BT, jnp.dtype(cfg.dtype))
-    if cfg.scale_embedding:
-        x_BTD = x_BTD * jnp.asarray(cfg.embed_dim**0.5, x_BTD.dtype)
-    ropes = _rope_tables(positions_BT, cfg)
-    caches, stats = [], None
-    first = 0
+    x_BTD, ropes = _embedded(params.embed, tokens_BT, positions_BT, cfg)
+    first, stats = 0, None
     for blocks, below, depth in _runs(params, cfg):
-        own = None if cache is None else cache[first : first + depth]
         windows = cfg.windows[first : first + depth]
         router = RouterInputs(tokens_BT, None, None)
         if blocks is params.blocks:
             keys = None if key is None else jax.random.split(key, cfg.num_layers - cfg.num_dense_layers)
             router = RouterInputs(tokens_BT, routes, keys)
-        x_BTD, own, new = _run_blocks(blocks, below, x_BTD, windows, ropes, segment_ids_BT, own, cfg, router)
-        caches.extend(own or ())
+        x_BTD, new = _run_blocks(blocks, below, x_BTD, windows, ropes, segment_ids_BT, cfg, router)
         stats = stats if new is None else new
         first += depth
-    x_BTD = rms_norm(x_BTD, params.final_norm, cfg.norm_eps, cfg.norm_offset)
-    return x_BTD, None if cache is None else tuple(caches), stats
+    return rms_norm(x_BTD, params.final_norm, cfg.norm_eps, cfg.norm_offset), None, stats
+
+
+def cached_hidden_states(
+    params: Params,
+    tokens_BT: Int[Array, "B T"],
+    cfg: ModelConfig,
+    *,
+    positions_BT: Int[Array, "B T"],
+    segment_ids_BT: Int[Array, "B T"],
+    cache: tuple[LayerCache, ...],
+) -> tuple[Float[Array, "B T D"], tuple[LayerCache, ...], list[RouterStats]]:
+    """Hidden states of tokens that are appended to a cache, which is used up; the new cache; statistics of each sparse layer.
+
+    params: stacked, or as `unstacked` lays them out. Experts drop nothing. Each layer is a function of its own, compiled once
+    for all layers alike: called outside of `jax.jit`, the time to compile does not grow with the depth.
+    """
+    cfg, params = cfg.dropless(), unstacked(params, cfg)
+    tokens_BT, positions_BT, segment_ids_BT = (sharding.constrain(a, "BT") for a in (tokens_BT, positions_BT, segment_ids_BT))
+    x_BTD, ropes = _compiled_embedded(params.embed, tokens_BT, positions_BT, cfg=cfg)
+    layers: Any = params.blocks
+    caches, all_stats = [], []
+    for w, window, layer_cache in zip(layers, cfg.windows, cache, strict=True):
+        rope = _choose_rope(ropes, window)
+        x_BTD, layer_cache, stats = _compiled_layer(
+            w, x_BTD, rope, segment_ids_BT, layer_cache, tokens_BT, window=window, cfg=cfg
+        )
+        caches.append(layer_cache)
+        all_stats += [] if stats is None else [stats]
+    return _compiled_norm(x_BTD, params.final_norm, cfg.norm_eps, cfg.norm_offset), tuple(caches), all_stats
+
+
+def unstacked(params: Params, cfg: ModelConfig) -> Params:
+    """The weights as decoding reads them: `blocks` is a tuple of all layers in order, each with arrays of its own.
+
+    A product with one row of a stack copies that row first, so it is done once, before the first token; while both are in use
+    the layers take twice their memory. Modules for multi-token prediction are left out. Weights laid out so stay as they are.
+    """
+    if isinstance(params.blocks, tuple):
+        return params
+    layers: Any = tuple(_row(getattr(params, stack), row) for stack, row in layer_rows(cfg))
+    return dataclasses.replace(params, blocks=layers, dense_blocks=None, mtp=None)
+
+
+@jax.jit
+def _row(blocks: Block, row: int) -> Block:
+    return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), blocks)
+
+
+def _embedded(table_VD, tokens_BT, positions_BT, cfg: ModelConfig):
+    """What the layers start from: embeddings, and the tables of global and of local layers."""
+    x_BTD = embed_tokens(table_VD, tokens_BT, jnp.dtype(cfg.dtype))
+    if cfg.scale_embedding:
+        x_BTD = x_BTD * jnp.asarray(cfg.embed_dim**0.5, x_BTD.dtype)
+    return x_BTD, _rope_tables(positions_BT, cfg)
 
 
 def mtp_hidden_states(
@@ -166,14 +221,14 @@ def mtp_hidden_states(
     ropes = _rope_tables(positions_BT, cfg)
     router = RouterInputs(next_tokens_BT, None, None)
     x_BTD = sharding.constrain(x_BTD, "BTD")
-    x_BTD, _, stats = _run_blocks(w.block, None, x_BTD, (UNLIMITED,), ropes, segment_ids_BT, None, cfg, router)
+    x_BTD, stats = _run_blocks(w.block, None, x_BTD, (UNLIMITED,), ropes, segment_ids_BT, cfg, router)
     return rms_norm(x_BTD, w.final_norm[0], cfg.norm_eps, cfg.norm_offset), stats
 
 
 def _rope_tables(positions_BT, cfg: ModelConfig):
-    """The tables of global and of local layers; one and the same unless `local_rope_theta` says otherwise."""
+    """The table of global layers, and that of local ones, None where it is the same."""
     table = rope_table(positions_BT, cfg.rope_dim, cfg.rope_theta, cfg.rope_scaling)
-    return table, rope_table(positions_BT, cfg.rope_dim, cfg.local_rope_theta) if cfg.local_rope_theta else table
+    return table, rope_table(positions_BT, cfg.rope_dim, cfg.local_rope_theta) if cfg.local_rope_theta else None
 
 
 @dataclass(frozen=True)
@@ -201,65 +256,76 @@ def _runs(params: Params, cfg: ModelConfig) -> list[tuple[Block, Block | None, i
     return [run for run in runs if run[2]]
 
 
-def _run_blocks(blocks: Block, below: Block | None, x_BTD, windows, ropes, segment_ids_BT, cache, cfg: ModelConfig, router):
-    """Groups of blocks, `cfg.moe.every` - 1 rows of the dense `below`, or none, and a row of `blocks` each: (x, caches of the
-    layers or None, router statistics stacked or None)."""
+def _layer(
+    w: Block, x_BTD, rope, segment_ids_BT, cache: LayerCache | None, tokens_BT, routes=None, key=None, *, window,
+    cfg: ModelConfig,
+):  # fmt: skip
+    """One block: (x, its cache or None, its router's statistics or None)."""
+    y_BTD = _optional_norm(x_BTD, w.attention_norm, cfg)
+    inputs = y_BTD, rope, segment_ids_BT, cfg, window, cache
+    own = w.attention
+    y_BTD, cache = mla_attention(own, *inputs) if isinstance(own, Mla) else attention(own, *inputs)
+    x_BTD = x_BTD + _optional_norm(y_BTD, w.attention_post_norm, cfg)
+    y_BTD = _optional_norm(x_BTD, w.mlp_norm, cfg)
+    if isinstance(w.mlp, Mlp):
+        y_BTD, stats = gated_mlp(w.mlp, y_BTD, activation(cfg.activation, cfg.activation_limit)), None
+    else:
+        y_BTD, stats = moe_layer(w.mlp, y_BTD, segment_ids_BT, cfg, tokens_BT=tokens_BT, routes_BTC=routes, key=key)
+    return x_BTD + _optional_norm(y_BTD, w.mlp_post_norm, cfg), cache, stats
 
-    def block(x_BTD, w, window, layer_cache, routes, key):
-        y_BTD = _optional_norm(x_BTD, w.attention_norm, cfg)
-        attend = attention if cfg.mla is None else mla_attention
+
+_compiled_embedded = jax.jit(_embedded, static_argnames="cfg")
+_compiled_layer = jax.jit(_layer, static_argnames=("window", "cfg"), donate_argnames="cache")
+_compiled_norm = jax.jit(rms_norm, static_argnums=(2, 3))
+
+
+def _run_blocks(blocks: Block, below: Block | None, x_BTD, windows, ropes, segment_ids_BT, cfg: ModelConfig, router):
+    """Groups of blocks, `cfg.moe.every` - 1 rows of the dense `below`, or none, and a row of `blocks` each: (x, router
+    statistics stacked or None)."""
+
+    def block(x_BTD, w, window, routes, key):
         rope = _choose_rope(ropes, window)
-        y_BTD, layer_cache = attend(w.attention, y_BTD, rope, segment_ids_BT, cfg, window, layer_cache)
-        x_BTD = x_BTD + _optional_norm(y_BTD, w.attention_post_norm, cfg)
-        y_BTD = _optional_norm(x_BTD, w.mlp_norm, cfg)
-        if isinstance(w.mlp, Mlp):
-            y_BTD, stats = gated_mlp(w.mlp, y_BTD, activation(cfg.activation, cfg.activation_limit)), None
-        else:
-            options = dict(tokens_BT=router.tokens, routes_BTC=routes, key=key, decoding=cache is not None)
-            y_BTD, stats = moe_layer(w.mlp, y_BTD, segment_ids_BT, cfg, **options)
-        return x_BTD + _optional_norm(y_BTD, w.mlp_post_norm, cfg), layer_cache, stats
+        x_BTD, _, stats = _layer(w, x_BTD, rope, segment_ids_BT, None, router.tokens, routes, key, window=window, cfg=cfg)
+        return x_BTD, stats
 
-    def group(x_BTD, blocks, windows, caches, routes, key):
-        new_caches = []  # statistics are those of the last block: the dense ones below it have none
-        for w, window, layer_cache in zip(blocks, windows, caches):
-            x_BTD, layer_cache, stats = block(x_BTD, w, window, layer_cache, routes, key)
-            new_caches.append(layer_cache)
-        return x_BTD, new_caches, stats
+    def group(x_BTD, blocks, windows, routes, key):
+        stats = None
+        for w, window in zip(blocks, windows):
+            x_BTD, stats = block(x_BTD, w, window, routes, key)
+        return x_BTD, stats  # those of the last block: the dense ones below it have none
 
     size = 1 if below is None else cfg.experts.every
     groups = len(windows) // size
     periodic = windows == windows[:size] * groups
-    if cfg.remat and cache is None:
+    if cfg.remat:
         block = jax.checkpoint(block, static_argnums=(2,) if periodic or not _use_scan(cfg) else ())
-    if cache is None and _use_scan(cfg):
+    if _use_scan(cfg):
 
         def step(x_BTD, layers):
             below, w, changing, routes, key = layers
             own = [*_unstack(below, size - 1), w]
-            x_BTD, _, stats = group(x_BTD, own, windows[:size] if periodic else changing, [None] * size, routes, key)
-            return x_BTD, stats
+            return group(x_BTD, own, windows[:size] if periodic else changing, routes, key)
 
         below = jax.tree.map(lambda leaf: leaf.reshape(groups, size - 1, *leaf.shape[1:]), below)
         changing = None if periodic else jnp.asarray(windows).reshape(groups, size)
-        x_BTD, stats = jax.lax.scan(step, x_BTD, (below, blocks, changing, router.routes, router.keys))
-        return x_BTD, None, stats
-    dense, caches, all_stats = _unstack(below, groups * (size - 1)), [], []
+        return jax.lax.scan(step, x_BTD, (below, blocks, changing, router.routes, router.keys))
+    dense, all_stats = _unstack(below, groups * (size - 1)), []
     for i, w in enumerate(_unstack(blocks, groups)):
         own = [*dense[i * (size - 1) : (i + 1) * (size - 1)], w]
-        layers = slice(i * size, (i + 1) * size)
-        old = [None] * size if cache is None else cache[layers]
         extra = (None if every is None else every[i] for every in (router.routes, router.keys))
-        x_BTD, new, stats = group(x_BTD, own, windows[layers], old, *extra)
-        caches.extend(new)
-        all_stats.append(stats)
-    stats = None if all_stats[0] is None else jax.tree.map(lambda *s: jnp.stack(s), *all_stats)
-    return x_BTD, None if cache is None else tuple(caches), stats
+        x_BTD, stats = group(x_BTD, own, windows[i * size : (i + 1) * size], *extra)
+        all_stats += [] if stats is None else [stats]
+    return x_BTD, _stacked(all_stats)
+
+
+def _stacked(stats: list[RouterStats]) -> RouterStats | None:
+    return jax.tree.map(lambda *s: jnp.stack(s), *stats) if stats else None
 
 
 def _choose_rope(ropes, window):
     """The global or the local table; chosen at run time where the window is traced (layers in a scan)."""
     everywhere, local = ropes
-    if everywhere is local:
+    if local is None:
         return everywhere
     if isinstance(window, int):
         return everywhere if window == UNLIMITED else local

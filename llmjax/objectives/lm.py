@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import jax
@@ -15,6 +16,8 @@ from llmjax.typing import Array, Float, Int
 
 # Logits kept at a time by the fused loss: small enough for the caches, large enough for full-speed products.
 CHUNK_LOGITS = 4 * 2**20
+# Rows that a chunk has at least: each chunk reads and writes the table's whole gradient.
+CHUNK_ROWS = 512
 
 
 def lm_loss(params: Params, batch: dict[str, Array], key, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:
@@ -82,28 +85,27 @@ def cross_entropy_sum(
 
 
 def _num_chunks(rows: int, vocab: int) -> int:
-    """The smallest number of equal chunks whose logits fit CHUNK_LOGITS."""
-    for chunks in range(1, rows + 1):
-        if rows % chunks == 0 and rows // chunks * vocab <= CHUNK_LOGITS:
-            return chunks
-    return rows
+    """The smallest number of chunks whose logits fit CHUNK_LOGITS, or that have CHUNK_ROWS rows where those are more."""
+    return math.ceil(rows / max(CHUNK_LOGITS // vocab, CHUNK_ROWS))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(4, 5))
 def fused_cross_entropy(x_MD, table_VD, targets_M, weights_M, num_chunks: int, softcap: float = 0.0):
-    """The weighted sum over M tokens, in `num_chunks` chunks. Differentiable in x and table.
+    """The weighted sum over M tokens, in a loop over `num_chunks` chunks. Differentiable in x and table.
 
     The gradient of the logits is formed while a chunk of them is at hand, in the forward pass, so nothing of size [M, V]
-    is stored or recomputed (the idea of Hsu et al. 2024, arXiv:2410.10989, section 3.2).
+    is stored or recomputed (the idea of Hsu et al. 2024, arXiv:2410.10989, section 3.2). Beside one chunk of logits it needs
+    the table's gradient in float32.
     """
     return _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap, with_grad=False)[0]
 
 
 def _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap, with_grad):
-    rows = x_MD.shape[0] // num_chunks
-    total, dx, dtable = jnp.zeros((), jnp.float32), [], None
-    for i in range(num_chunks):
-        x, targets, weights = (a[i * rows : (i + 1) * rows] for a in (x_MD, targets_M, weights_M))
+    """(sum, gradient of x, float32 gradient of the table); the gradients are None unless asked for."""
+
+    def chunk(sums, part):
+        total, dtable = sums
+        x, targets, weights = part
         logits = jnp.einsum("md,vd->mv", x, table_VD, preferred_element_type=jnp.float32)
         if softcap:
             logits = softcap * jnp.tanh(logits / softcap)
@@ -113,16 +115,30 @@ def _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap, with_gra
         is_target = targets[:, None] == jnp.arange(table_VD.shape[0])
         chosen = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
         total += jnp.sum(weights * (jnp.log(partition[:, 0]) + top[:, 0] - chosen))
-        if with_grad:
-            scale = weights[:, None] / partition
-            dlogits = exps * scale - jnp.where(is_target, weights[:, None], 0.0)
-            if softcap:
-                dlogits = dlogits * (1 - jnp.square(logits / softcap))
-            dlogits = dlogits.astype(x.dtype)
-            dx.append(jnp.einsum("mv,vd->md", dlogits, table_VD))
-            piece = jnp.einsum("mv,md->vd", dlogits, x, preferred_element_type=jnp.float32)
-            dtable = piece if dtable is None else dtable + piece
-    return total, jnp.concatenate(dx) if with_grad else None, dtable
+        if not with_grad:
+            return (total, None), None
+        scale = weights[:, None] / partition
+        dlogits = exps * scale - jnp.where(is_target, weights[:, None], 0.0)
+        if softcap:
+            dlogits = dlogits * (1 - jnp.square(logits / softcap))
+        dlogits = dlogits.astype(x.dtype)
+        dtable += jnp.einsum("mv,md->vd", dlogits, x, preferred_element_type=jnp.float32)
+        return (total, dtable), jnp.einsum("mv,vd->md", dlogits, table_VD)
+
+    start = jnp.zeros((), jnp.float32), jnp.zeros(table_VD.shape, jnp.float32) if with_grad else None
+    parts = x_MD, targets_M, weights_M
+    if num_chunks == 1:
+        (total, dtable), dx = chunk(start, parts)
+        return total, dx, dtable
+    count = targets_M.size
+    rows = math.ceil(count / num_chunks)
+
+    def cut(a):  # rows beyond the last have weight 0
+        whole = jnp.pad(a, [(0, num_chunks * rows - count)] + [(0, 0)] * (a.ndim - 1))
+        return whole.reshape(num_chunks, rows, *a.shape[1:])
+
+    (total, dtable), dx = jax.lax.scan(chunk, start, jax.tree.map(cut, parts))
+    return total, None if dx is None else dx.reshape(-1, x_MD.shape[1])[:count], dtable
 
 
 def _fused_fwd(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap):

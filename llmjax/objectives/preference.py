@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -58,24 +60,36 @@ def implicit_rewards(
 def answer_log_probs(params: Params, rows: dict[str, Array], cfg: ModelConfig) -> tuple[Float[Array, "R"], RouterStats | None]:
     """log p(answer | prompt) of each row in nats, float32, and router statistics; rows: [R, T] as in `dpo_loss`.
 
-    The logits are made a stretch of positions at a time, and once more for the gradient, so they are never held whole.
+    The logits are made a stretch of positions at a time, and once more for the gradient, so they are never held whole. Experts
+    drop nothing.
     """
     tokens_RT, segment_ids_RT = rows["tokens"], rows["segment_ids"]
     positions_RT = jnp.maximum(jnp.cumsum(segment_ids_RT > 0, axis=1) - 1, 0)
-    x_RTD, _, stats = hidden_states(params, tokens_RT, cfg, positions_BT=positions_RT, segment_ids_BT=segment_ids_RT)
+    x_RTD, _, stats = hidden_states(
+        params, tokens_RT, cfg.dropless(), positions_BT=positions_RT, segment_ids_BT=segment_ids_RT
+    )
     # The logits at place i predict token i + 1; those at the last place predict nothing.
     targets_RT = jnp.roll(tokens_RT, -1, axis=1)
     mask_RT = jnp.roll(rows["loss_mask"], -1, axis=1).at[:, -1].set(0)
 
+    count, length = tokens_RT.shape
+    stretches = math.ceil(length / max(1, CHUNK_LOGITS // (count * cfg.vocab_size)))
+
     @jax.checkpoint
-    def stretch(params, x_RTD, targets_RT, mask_RT):
+    def stretch(total_R, part):
+        x_RTD, targets_RT, mask_RT = part
         logits_RTV = logits(params, x_RTD, cfg).astype(jnp.float32)
         is_target = targets_RT[..., None] == jnp.arange(logits_RTV.shape[-1])
         chosen_RT = jnp.sum(jnp.where(is_target, logits_RTV, 0.0), axis=-1)
-        return jnp.sum((chosen_RT - jax.nn.logsumexp(logits_RTV, axis=-1)) * mask_RT, axis=-1)
+        log_probs_RT = (chosen_RT - jax.nn.logsumexp(logits_RTV, axis=-1)) * mask_RT
+        return total_R + sharding.constrain(jnp.sum(log_probs_RT, axis=-1), "B"), None
 
-    total_R, size = jnp.zeros(len(tokens_RT), jnp.float32), max(1, CHUNK_LOGITS // (len(tokens_RT) * cfg.vocab_size))
-    for start in range(0, tokens_RT.shape[1], size):
-        part = slice(start, start + size)
-        total_R += stretch(params, x_RTD[:, part], targets_RT[:, part], mask_RT[:, part])
-    return total_R, stats
+    def cut(a):  # places beyond the last have mask 0
+        size = math.ceil(length / stretches)
+        whole = jnp.pad(a, [(0, 0), (0, stretches * size - length)] + [(0, 0)] * (a.ndim - 2))
+        return jnp.moveaxis(whole.reshape(count, stretches, size, *a.shape[2:]), 1, 0)
+
+    start_R, parts = sharding.constrain(jnp.zeros(count, jnp.float32), "B"), (x_RTD, targets_RT, mask_RT)
+    if stretches == 1:
+        return stretch(start_R, parts)[0], stats
+    return jax.lax.scan(stretch, start_R, jax.tree.map(cut, parts))[0], stats

@@ -1,5 +1,6 @@
 """Decoding with a cache is the full forward pass, token by token."""
 
+import dataclasses
 from functools import partial
 
 import jax
@@ -10,6 +11,8 @@ import tiny
 
 from llmjax.generation.decode import decode_step, generate, prefill, stream
 from llmjax.generation.sampling import SamplingConfig
+from llmjax.models import transformer
+from llmjax.models.transformer import unstacked
 
 both = pytest.mark.parametrize("cfg", tiny.MODELS.values(), ids=tiny.MODELS.keys())
 PROMPT, NEW, PAD = 6, 8, 0
@@ -170,3 +173,38 @@ def test_stream_draws_what_generate_draws_from_the_same_key():
     assert list(say(stop_ids=())) == said
     late, early = said[5], said[2]  # whichever comes first ends it, and is not said
     assert list(say(stop_ids=(late, early))) == said[: min(said.index(late), said.index(early))]
+
+
+# How weights are laid out
+
+
+def test_layers_are_unstacked_in_order_and_once():
+    moe = dataclasses.replace(tiny.SPARSE.moe, every=2, first_k_dense=1)
+    cfg = dataclasses.replace(tiny.SPARSE, num_layers=4, moe=moe)  # dense, dense, sparse, dense
+    params = tiny.language_model(cfg)
+    laid_out = unstacked(params, cfg)
+    assert laid_out.dense_blocks is None and unstacked(laid_out, cfg) is laid_out
+    stacks = [("dense_blocks", 0), ("dense_blocks", 1), ("blocks", 0), ("dense_blocks", 2)]
+    for layer, (stack, row) in zip(laid_out.blocks, stacks, strict=True):
+        tiny.assert_trees_equal(layer, jax.tree.map(lambda leaf: leaf[row], getattr(params, stack)))
+    say = partial(stream, prompt=[3, 1, 4], key=jax.random.key(0), cfg=cfg, sampling=GREEDY, stop_ids=())
+    assert list(say(laid_out)) == list(say(params))
+
+
+def test_a_dialogue_compiles_one_layer_for_the_prompt_and_one_for_its_tokens():
+    cfg = dataclasses.replace(tiny.DENSE, num_layers=5, mlp_dim=20)
+    before = transformer._compiled_layer._cache_size()
+    said = stream(tiny.language_model(cfg), [3, 1, 4], jax.random.key(0), cfg=cfg, sampling=GREEDY, stop_ids=())
+    assert len(list(said)) == NEW
+    assert transformer._compiled_layer._cache_size() == before + 2
+
+
+def test_the_loop_of_generation_reads_no_stacked_weight():
+    """Else each token would copy every weight out of its stack."""
+    cfg = tiny.DENSE
+    params, keys = tiny.language_model(cfg), jax.random.split(jax.random.key(0), len(LENGTHS))
+    options = dict(cfg=cfg, sampling=SAMPLING, stop_ids=NEVER, pad_id=PAD)
+    traced = jax.make_jaxpr(partial(generate.__wrapped__, **options))(params, *prompts(cfg), keys)
+    (loop,) = (eqn for eqn in traced.eqns if eqn.primitive.name == "while")
+    shapes = {var.aval.shape for var in loop.invars}
+    assert params.blocks.mlp.gate.shape[1:] in shapes and not shapes & {leaf.shape for leaf in jax.tree.leaves(params.blocks)}

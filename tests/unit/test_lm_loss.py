@@ -33,7 +33,7 @@ def log_softmax(logits):
     return logits - top - np.log(np.sum(np.exp(logits - top), axis=-1, keepdims=True))
 
 
-@pytest.mark.parametrize("num_chunks", [1, 2, 3, 24])
+@pytest.mark.parametrize("num_chunks", [1, 2, 3, 7, 24])
 def test_fused_cross_entropy_is_plain_cross_entropy(num_chunks):
     x, table, targets, weights = tokens_to_predict()
     scale = 1.7  # the cotangent is not 1
@@ -58,12 +58,40 @@ def test_fused_cross_entropy_of_huge_logits_is_finite():
 
 def test_cross_entropy_sum_splits_the_tokens_into_chunks_that_fit(monkeypatch):
     x, table, targets, weights = tokens_to_predict()
-    monkeypatch.setattr(lm, "CHUNK_LOGITS", 5 * V)  # at most 5 rows: 4, as 24 = 6 x 4
-    assert lm._num_chunks(M, V) == 6
+    monkeypatch.setattr(lm, "CHUNK_ROWS", 2)
+    monkeypatch.setattr(lm, "CHUNK_LOGITS", 5 * V)
+    assert lm._num_chunks(M, V) == 5  # of 5 rows each, one of which is empty
     got = cross_entropy_sum(x.reshape(4, 6, D), table, targets.reshape(4, 6), weights.reshape(4, 6))
     np.testing.assert_allclose(got, plain(x, table, targets, weights), rtol=1e-5)
     monkeypatch.setattr(lm, "CHUNK_LOGITS", 1)
-    assert lm._num_chunks(M, V) == M
+    assert lm._num_chunks(M, V) == M / 2  # no fewer rows than this, or every chunk waits for the table
+    assert lm._num_chunks(23, V) == 12  # a prime number of rows is not cut into rows
+
+
+def lowered_loss(rows: int, vocab: int, width: int = 16):
+    """Value and gradients of the loss of so many rows, lowered for shapes alone."""
+
+    def loss(x, table, targets, weights):
+        return cross_entropy_sum(x, table, targets, weights)
+
+    shapes = [((1, rows, width), jnp.float32), ((vocab, width), jnp.float32), ((1, rows), jnp.int32), ((1, rows), jnp.float32)]
+    return jax.jit(jax.value_and_grad(loss, argnums=(0, 1))).lower(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
+
+
+def test_a_large_vocabulary_neither_unrolls_the_loop_nor_holds_more_than_a_chunk():
+    """Text and temporaries of 4 chunks and of 32; a table of 128k rows was 1,024 copies of the loop's body."""
+    vocab = 2**15
+    few, many = (lowered_loss(rows, vocab) for rows in (4 * lm.CHUNK_ROWS, 32 * lm.CHUNK_ROWS))
+    assert len(many.as_text()) < 1.01 * len(few.as_text())
+    assert len(lowered_loss(997, vocab).as_text()) < 1.2 * len(few.as_text())
+    few_bytes, many_bytes = (one.compile().memory_analysis().temp_size_in_bytes for one in (few, many))
+    chunk, hidden_states = 4 * vocab * lm.CHUNK_ROWS, 4 * 32 * lm.CHUNK_ROWS * 16
+    assert many_bytes < few_bytes + 2 * hidden_states and many_bytes < 3 * chunk
+
+
+def test_one_chunk_is_one_product_without_a_loop():
+    assert lm._num_chunks(8 * 128, 1000) == 1
+    assert "while" not in lowered_loss(8 * 128, 1000).as_text()
 
 
 @both

@@ -274,6 +274,41 @@ def test_invariant_21_statistics_keep_their_bounds():
     assert 0 < stats.entropy <= np.log(E) and jnp.max(stats.load) * E >= 1 and stats.dropped == 0
 
 
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_invariant_21_the_entropy_is_that_of_the_probabilities(scoring):
+    cfg = config(scoring=scoring)
+    w, ones = tiny.draw(moe_spec(cfg)), np.ones((3, T), np.int32)
+    probs = np.asarray(route(jnp.einsum("btd,de->bte", activations(), w.router), cfg.moe).probs, np.float64)
+    stats = jax.jit(partial(moe_layer, cfg=cfg))(w, activations(), ones)[1]
+    np.testing.assert_allclose(stats.entropy, np.mean(-np.sum(probs * np.log(probs), axis=-1)), rtol=1e-4)
+
+
+@pytest.mark.parametrize("loop", ["unroll", "scan"])
+def test_statistics_of_a_router_that_says_nothing_leave_gradients_finite(loop):
+    """Logits that are all 0 have no norm to divide by; of padding alone there is no statistic."""
+    cfg = dataclasses.replace(config(), layer_loop=loop)
+    params, batch = tiny.language_model(cfg), tiny.lm_batch(cfg, 2, 8)
+    blocks = params.blocks
+    silent = params.replace(blocks=blocks.replace(mlp=blocks.mlp.replace(router=jnp.zeros_like(blocks.mlp.router))))
+    padding = jax.tree.map(np.zeros_like, batch)
+    grads = jax.jit(jax.grad(lambda p, b: lm_loss(p, b, None, cfg)[0]))
+    for leaf in jax.tree.leaves((grads(silent, batch), grads(params, padding))):
+        assert np.all(np.isfinite(leaf))
+
+
+@pytest.mark.parametrize("scoring", ["softmax", "sigmoid"])
+def test_invariant_04_experts_and_groups_that_are_masked_out_leave_weights_and_gradients_finite(scoring):
+    grouped = dict(scoring=scoring, selection_bias=True, num_groups=4, top_k_groups=1)
+    cfg, logits_BTE = dataclasses.replace(BASE, **grouped), some_logits()
+    whole, masked = dataclasses.replace(BASE, scoring=scoring, top_k=E), logits_BTE.at[..., 2].set(-jnp.inf)
+    nowhere = jnp.full(E, -jnp.inf)
+    for case, x, bias_E in ((cfg, logits_BTE, nowhere), (cfg, logits_BTE, nowhere.at[5].set(0.0)), (whole, masked, None)):
+        squares = jax.value_and_grad(lambda x: jnp.sum(jnp.square(route(x, case, selection_bias_E=bias_E).weights)))
+        for found in squares(x):
+            assert np.all(np.isfinite(found))
+    assert np.all(route(masked, whole).weights[..., -1] == 0)
+
+
 @pytest.mark.parametrize("mesh", [pytest.param(dict(data=8), marks=pytest.mark.slow), dict(fsdp=2, expert=4)], ids=str)
 def test_invariant_19_losses_and_statistics_are_of_the_whole_batch_however_it_is_split(mesh):
     x = np.concatenate([activations(), activations(1), activations(2)])[:8] * np.linspace(0.2, 3, 8)[:, None, None]

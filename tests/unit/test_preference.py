@@ -115,6 +115,13 @@ def test_stretches_change_neither_value_nor_gradient(monkeypatch):
     whole = both_of()
     monkeypatch.setattr(preference, "CHUNK_LOGITS", 4 * len(rows["tokens"]) * cfg.vocab_size)  # 9 = 4 + 4 + 1
     tiny.assert_trees_close(both_of(), whole, 1e-4)
+    monkeypatch.setattr(preference, "CHUNK_LOGITS", 1)  # a place at a time
+
+    def text_of(length):
+        one = {name: jnp.zeros((2, length), jnp.int32) for name in rows}
+        return jax.jit(lambda p: answer_log_probs(p, one, cfg)[0]).lower(params).as_text()
+
+    assert len(text_of(64)) < 1.02 * len(text_of(9))  # a loop, not copies of its body
 
 
 # ---- the stage ----------------------------------------------------------------------------------------------------
