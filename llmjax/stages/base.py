@@ -229,6 +229,8 @@ class Context:
         progress line.
         """
         began = time.monotonic()
+        if program.note:
+            self.say(program.note)
         checkpoints = Checkpoints(self.path("checkpoints"), digests=self.experiment.checkpoint_digests, say=self.say)
         tokens = tokens_per_step or program.tokens
         loop = Loop(

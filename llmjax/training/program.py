@@ -13,7 +13,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.sharding import BATCH_AXES
-from llmjax.training.optimizer import OptimizerConfig, make_optimizer
+from llmjax.training.optimizer import OptimizerConfig, make_optimizer, short_of_peak
 from llmjax.training.state import LossFn, TrainState, abstract_state, init_state, make_train_step
 
 PyTree = Any
@@ -42,11 +42,13 @@ class TrainProgram(Program):
     """One update: fn(state, batch, key, *frozen) -> (state, metrics); the old state is donated.
 
     specs: the `ParamSpec` of what is trained. optimizer: made from its config. state: abstract, what checkpoints hold.
+    note: what is to be said before training, "" for nothing.
     """
 
     specs: PyTree
     optimizer: optax.GradientTransformation
     state: TrainState
+    note: str = ""
 
     def init(self, params: PyTree) -> TrainState:
         """The state at step 0 around `params`."""
@@ -75,7 +77,8 @@ def train_program(
     state = abstract_state(specs, tx, mesh)
     key = jax.eval_shape(jax.random.key, 0)
     step = make_train_step(loss_fn, tx, state, after)
-    return TrainProgram(step, (state, dict(batch), key, *frozen), tokens, flops_per_token, specs, tx, state)
+    note = short_of_peak(optimizer, num_updates)
+    return TrainProgram(step, (state, dict(batch), key, *frozen), tokens, flops_per_token, specs, tx, state, note)
 
 
 def abstract_batch(
