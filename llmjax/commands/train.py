@@ -12,6 +12,7 @@ from llmjax import runtime
 from llmjax.commands.base import call, parse_flags
 from llmjax.config import apply_overrides, load_experiment, split_overrides, to_json, validate
 from llmjax.errors import UserError
+from llmjax.training.stopping import heeded
 
 USAGE = """llmjax runs an experiment file: pre-training, SFT, reward model, PPO, whatever stages it holds; what is complete
 in the workdir is not run again, what was cut off goes on.
@@ -42,6 +43,11 @@ def define_flags() -> flags.FlagValues:
 
 def run(argv: Sequence[str]) -> None:
     """The program, without the handling of errors."""
+    with heeded(say=lambda text: print(text, file=sys.stderr, flush=True)):
+        _run(argv)
+
+
+def _run(argv: Sequence[str]) -> None:
     argv, overrides = split_overrides(list(argv))
     values = define_flags()
     parse_flags(argv, values, USAGE)
@@ -64,18 +70,15 @@ def run(argv: Sequence[str]) -> None:
         return
     if not values.workdir:
         raise UserError("--workdir is missing; give a folder for this run, e.g. --workdir=runs/quickstart")
-    from llmjax.training.stopping import heeded
+    if isinstance(config, Study):
+        from llmjax.runs.study import run_study
 
-    with heeded(say=lambda text: print(text, file=sys.stderr, flush=True)):
-        if isinstance(config, Study):
-            from llmjax.runs.study import run_study
+        run_study(config, values.workdir)
+    else:
+        from llmjax.runs.pipeline import run_experiment
 
-            run_study(config, values.workdir)
-        else:
-            from llmjax.runs.pipeline import run_experiment
-
-            changes = [f"--config.{path}={raw}" for path, raw in overrides]
-            run_experiment(config, values.workdir, shlex.join(["llmjax", f"--config={values.config}", *changes]))
+        changes = [f"--config.{path}={raw}" for path, raw in overrides]
+        run_experiment(config, values.workdir, shlex.join(["llmjax", f"--config={values.config}", *changes]))
 
 
 def main() -> None:
