@@ -37,6 +37,10 @@ def define_flags() -> flags.FlagValues:
         "preview", False, "print the first examples of each stage as tokens, with what carries loss, and stop",
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_bool(
+        "allow_config_change", False, "go on in a workdir that was made by a config which computes something else; the change "
+        "is written down there and in the report", flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_bool("help", False, "show this help", flag_values=values)
     return values
 
@@ -73,12 +77,13 @@ def _run(argv: Sequence[str]) -> None:
     if isinstance(config, Study):
         from llmjax.runs.study import run_study
 
-        run_study(config, values.workdir)
+        run_study(config, values.workdir, values.allow_config_change)
     else:
         from llmjax.runs.pipeline import run_experiment
 
         changes = [f"--config.{path}={raw}" for path, raw in overrides]
-        run_experiment(config, values.workdir, shlex.join(["llmjax", f"--config={values.config}", *changes]))
+        command = shlex.join(["llmjax", f"--config={values.config}", *changes])
+        run_experiment(config, values.workdir, command, values.allow_config_change)
 
 
 def main() -> None:

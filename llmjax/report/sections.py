@@ -67,6 +67,7 @@ def subtitle(run: Run) -> str:
         units.with_unit(units.seconds(sum(s.seconds for s in done) if done else None), "in all"),
         units.with_unit(units.count(sum(s.tokens for s in done) if done else None), "tokens"),
         f"config {fingerprint(run.config)}" if run.config is not None else units.MISSING,
+        f"{len(run.broken)} broken lines of metrics.jsonl left out" if run.broken else units.MISSING,
     ]
     return " · ".join(part for part in parts if part != units.MISSING)
 
@@ -270,7 +271,9 @@ def _flops_picture(runs: Sequence[Run], stage: str) -> list[Picture]:
 
 
 def config_texts(runs: Sequence[Run]) -> tuple[tuple[str, str], ...]:
-    """(name, the resolved config as indented JSON) of each run that saved one."""
-    return tuple(
-        (run.name, json.dumps(run.config, indent=2, ensure_ascii=False)) for run in runs if run.config is not None
-    )
+    """(name, the resolved config as indented JSON) of each run that saved one, and how it was changed on the way."""
+    found = [(run.name, json.dumps(run.config, indent=2, ensure_ascii=False)) for run in runs if run.config is not None]
+    for run in runs:
+        lines = [f"after step {step:,} of {stage}: {line}" for stage, step, line in run.changes]
+        found += [(f"{run.name}: changed since it began", "\n".join(lines))] if lines else []
+    return tuple(found)

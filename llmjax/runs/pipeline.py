@@ -24,7 +24,15 @@ from llmjax.report.render import write_report
 from llmjax.report.tables import table_grid, to_rich
 from llmjax.results import ADAPTER, PARAMS, Summary, write_summary
 from llmjax.runs.models import write_model_file
-from llmjax.runs.workdir import CONFIG, TOKENIZER, check_workdir, in_use
+from llmjax.runs.workdir import (
+    CONFIG,
+    TOKENIZER,
+    check_workdir,
+    config_changes,
+    in_use,
+    record_changes,
+    with_prepared_data,
+)
 from llmjax.sharding import MeshConfig, make_mesh, use_mesh
 from llmjax.stages.base import Context, Result
 from llmjax.stages.experiment import Experiment, all_data
@@ -35,15 +43,15 @@ from llmjax.units import text
 VIRTUAL_MESHES = (MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2), MeshConfig(data=2))  # to try on one machine
 
 
-def run_experiment(experiment: Experiment, workdir: str, command: str) -> None:
+def run_experiment(experiment: Experiment, workdir: str, command: str, allow_config_change: bool = False) -> None:
     """Runs every stage of `experiment` that `workdir` does not yet hold complete, then writes report.html.
 
-    command: the command line without --workdir, for the lines that say how to go on. Raises UserError, before anything
-    is written, when there are too few devices, when `workdir` cannot be used or was made by another config, and for data that
-    cannot be read.
+    command: the command line without --workdir, for the lines that say how to go on. allow_config_change: see `check_workdir`.
+    Raises UserError, before anything is written, when there are too few devices, when `workdir` cannot be used or was made by
+    another config, and for data that cannot be read.
     """
     experiment = with_own_model(experiment)
-    check(experiment, workdir)
+    check(experiment, workdir, allow_config_change)
     opened = read_data(experiment, workdir)
     with in_use(workdir):
         complete(experiment, workdir, opened)
@@ -68,12 +76,16 @@ def with_own_model(experiment: Experiment) -> Experiment:
     return experiment
 
 
-def check(experiment: Experiment, workdir: str) -> None:
+def check(experiment: Experiment, workdir: str, allow_config_change: bool = False) -> None:
     """Raises UserError if `experiment` cannot start, or go on, in `workdir`, whatever its data. Writes nothing."""
     # The vocabulary may not be known yet; this size divides, whatever the mesh.
     vocab_size = experiment.model.vocab_size or experiment.mesh.tensor
     shardings(transformer_spec(replace(experiment.model, vocab_size=vocab_size)), make_mesh(experiment.mesh))
-    check_workdir(experiment, workdir)
+    check_workdir(experiment, workdir, allow_config_change)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 @dataclass(frozen=True)
@@ -88,7 +100,7 @@ class _Shelf:
         return os.path.join(self.workdir, "data", *parts)
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        _say(text)
 
     def read(self, source: Data) -> Splits:
         """The splits of a source, read once."""
@@ -170,12 +182,16 @@ def _documents(experiment: Experiment, place: _Shelf) -> Iterator[str]:
 
 def complete(experiment: Experiment, workdir: str, opened: dict[str, Splits]) -> None:
     """Prepares the data of all stages that are not complete, then runs these one after another."""
-    verbose = jax.process_index() == 0
+    verbose, changes = jax.process_index() == 0, config_changes(experiment, workdir)
+    experiment = with_prepared_data(experiment, workdir)
     if verbose:
         stages = ", ".join(experiment.stages)
         print(f"{experiment.name}: {stages} on {experiment.mesh.describe()} in {workdir}", flush=True)
+        if changes:
+            _say(f"goes on with another config: {'; '.join(changes)}")
+        record_changes(experiment, workdir, changes)
         write_text_atomic(os.path.join(workdir, CONFIG), to_json(experiment))
-    metrics = MetricsLog(os.path.join(workdir, "metrics.jsonl"), enabled=verbose)
+    metrics = MetricsLog(os.path.join(workdir, "metrics.jsonl"), enabled=verbose, say=_say)
     try:
         with use_mesh(make_mesh(experiment.mesh)):
             shared = open_context(experiment, workdir, metrics, verbose, opened)

@@ -17,12 +17,15 @@ from llmjax.runs.workdir import in_use
 from llmjax.stages.experiment import Study
 
 
-def run_study(study: Study, workdir: str) -> None:
-    """Runs the experiments of a study, each in workdir/NAME, and sets them side by side. All are checked first."""
+def run_study(study: Study, workdir: str, allow_config_change: bool = False) -> None:
+    """Runs the experiments of a study, each in workdir/NAME, and sets them side by side. All are checked first.
+
+    allow_config_change: see `llmjax.runs.workdir.check_workdir`.
+    """
     runs = {name: os.path.join(workdir, name) for name in study.experiments}
     study = replace(study, experiments={name: with_own_model(one) for name, one in study.experiments.items()})
     for name, experiment in study.experiments.items():
-        check(experiment, runs[name])
+        check(experiment, runs[name], allow_config_change)
     opened = {name: read_data(experiment, runs[name]) for name, experiment in study.experiments.items()}
     with in_use(workdir):
         for name, experiment in study.experiments.items():
