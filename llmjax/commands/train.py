@@ -41,6 +41,7 @@ def define_flags() -> flags.FlagValues:
         "allow_config_change", False, "go on in a workdir that was made by a config which computes something else; the change "
         "is written down there and in the report", flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_list("log_to", [], "where the metrics are shown beside the report: tensorboard, wandb", flag_values=values)
     flags.DEFINE_bool("help", False, "show this help", flag_values=values)
     return values
 
@@ -77,13 +78,13 @@ def _run(argv: Sequence[str]) -> None:
     if isinstance(config, Study):
         from llmjax.runs.study import run_study
 
-        run_study(config, values.workdir, values.allow_config_change)
+        run_study(config, values.workdir, values.allow_config_change, values.log_to)
     else:
         from llmjax.runs.pipeline import run_experiment
 
         changes = [f"--config.{path}={raw}" for path, raw in overrides]
         command = shlex.join(["llmjax", f"--config={values.config}", *changes])
-        run_experiment(config, values.workdir, command, values.allow_config_change)
+        run_experiment(config, values.workdir, command, values.allow_config_change, values.log_to)
 
 
 def main() -> None:

@@ -38,23 +38,28 @@ from llmjax.stages.base import Context, Result
 from llmjax.stages.experiment import Experiment, all_data
 from llmjax.training import checkpoint
 from llmjax.training.metrics import MetricsLog
+from llmjax.training.sinks import check_sinks, open_sinks
 from llmjax.units import text
 
 VIRTUAL_MESHES = (MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2), MeshConfig(data=2))  # to try on one machine
 
 
-def run_experiment(experiment: Experiment, workdir: str, command: str, allow_config_change: bool = False) -> None:
+def run_experiment(
+    experiment: Experiment, workdir: str, command: str, allow_config_change: bool = False, log_to: Sequence[str] = ()
+) -> None:
     """Runs every stage of `experiment` that `workdir` does not yet hold complete, then writes report.html.
 
     command: the command line without --workdir, for the lines that say how to go on. allow_config_change: see `check_workdir`.
-    Raises UserError, before anything is written, when there are too few devices, when `workdir` cannot be used or was made by
-    another config, and for data that cannot be read.
+    log_to: names of `llmjax.training.sinks` that the metrics are given to too. Raises UserError, before anything is written,
+    when there are too few devices, when `workdir` cannot be used or was made by another config, and for data that cannot be
+    read.
     """
+    check_sinks(log_to)
     experiment = with_own_model(experiment)
     check(experiment, workdir, allow_config_change)
     opened = read_data(experiment, workdir)
     with in_use(workdir):
-        complete(experiment, workdir, opened)
+        complete(experiment, workdir, opened, log_to)
         if jax.process_index() == 0:
             conclude(experiment, workdir, _variations(experiment, workdir, command))
 
@@ -180,7 +185,7 @@ def _documents(experiment: Experiment, place: _Shelf) -> Iterator[str]:
         yield from place.read(source).train
 
 
-def complete(experiment: Experiment, workdir: str, opened: dict[str, Splits]) -> None:
+def complete(experiment: Experiment, workdir: str, opened: dict[str, Splits], log_to: Sequence[str] = ()) -> None:
     """Prepares the data of all stages that are not complete, then runs these one after another."""
     verbose, changes = jax.process_index() == 0, config_changes(experiment, workdir)
     experiment = with_prepared_data(experiment, workdir)
@@ -191,7 +196,7 @@ def complete(experiment: Experiment, workdir: str, opened: dict[str, Splits]) ->
             _say(f"goes on with another config: {'; '.join(changes)}")
         record_changes(experiment, workdir, changes)
         write_text_atomic(os.path.join(workdir, CONFIG), to_json(experiment))
-    metrics = MetricsLog(os.path.join(workdir, "metrics.jsonl"), enabled=verbose, say=_say)
+    metrics = MetricsLog(os.path.join(workdir, "metrics.jsonl"), verbose, _say, open_sinks(log_to, workdir) if verbose else ())
     try:
         with use_mesh(make_mesh(experiment.mesh)):
             shared = open_context(experiment, workdir, metrics, verbose, opened)

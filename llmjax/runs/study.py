@@ -15,13 +15,15 @@ from llmjax.report.tables import study_table
 from llmjax.runs.pipeline import check, complete, conclude, read_data, with_own_model
 from llmjax.runs.workdir import in_use
 from llmjax.stages.experiment import Study
+from llmjax.training.sinks import check_sinks
 
 
-def run_study(study: Study, workdir: str, allow_config_change: bool = False) -> None:
+def run_study(study: Study, workdir: str, allow_config_change: bool = False, log_to: Sequence[str] = ()) -> None:
     """Runs the experiments of a study, each in workdir/NAME, and sets them side by side. All are checked first.
 
-    allow_config_change: see `llmjax.runs.workdir.check_workdir`.
+    allow_config_change, log_to: as for `llmjax.runs.pipeline.run_experiment`.
     """
+    check_sinks(log_to)
     runs = {name: os.path.join(workdir, name) for name in study.experiments}
     study = replace(study, experiments={name: with_own_model(one) for name, one in study.experiments.items()})
     for name, experiment in study.experiments.items():
@@ -30,7 +32,7 @@ def run_study(study: Study, workdir: str, allow_config_change: bool = False) -> 
     with in_use(workdir):
         for name, experiment in study.experiments.items():
             with in_use(runs[name]):
-                complete(experiment, runs[name], opened.pop(name))
+                complete(experiment, runs[name], opened.pop(name), log_to)
                 if jax.process_index() == 0:
                     conclude(experiment, runs[name])
         if jax.process_index() == 0:

@@ -289,7 +289,7 @@ def test_what_changes_the_rest_of_a_run_needs_a_flag(begun, override):
 def test_a_complete_stage_is_not_changed_by_the_flag_either(begun):
     workdir, experiment = begun
     changed = apply_overrides(experiment, [("pretrain.steps", "9")])
-    with pytest.raises(UserError, match=r"pretrain\.steps: 6 -> 9\); use another --workdir, or delete this one to start aga..$"):
+    with pytest.raises(UserError, match=r"pretrain\.steps: 6 -> 9\); use another --workdir, or delete this one to start a.*n$"):
         pipeline.check(changed, str(workdir))
     with pytest.raises(UserError, match=r"pretrain\.steps: 6 -> 9, but that stage is complete and is not run again"):
         pipeline.check(changed, str(workdir), allow_config_change=True)
