@@ -11,6 +11,7 @@ anything differs.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pathlib
@@ -24,16 +25,12 @@ import time
 from collections import Counter
 
 import numpy as np
-from absl import app, flags
 
 from llmjax.runtime import quiet_libraries
 
 EXPERIMENT = pathlib.Path(__file__).parents[1] / "experiments" / "quickstart.py"
 TIMES = ("seconds", "tokens_per_second", "mfu")  # what differs from run to run
 LISTENS_SECONDS = 1.0  # after so long a process has its handlers, where that cannot be looked up
-
-_COUNT = flags.DEFINE_integer("count", 50, "signals to send", lower_bound=1)
-_SEED = flags.DEFINE_integer("seed", 0, "of the moments")
 
 
 def start(workdir: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
@@ -122,9 +119,13 @@ def differences(got: dict[str, bytes | str], expected: dict[str, bytes | str]) -
     return sorted(name for name in got | expected if got.get(name) != expected.get(name))
 
 
-def main(_) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=50, help="signals to send")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args()
     quiet_libraries()
-    rng, hits, faults, runs, sent = random.Random(_SEED.value), Counter(), [], 0, 0
+    rng, hits, faults, runs, sent = random.Random(args.seed), Counter(), [], 0, 0
     with tempfile.TemporaryDirectory(prefix="kill-drill-") as name:
         folder = pathlib.Path(name)
         for whole in ("first", "whole"):  # the first one fills the cache of compiled programs
@@ -137,7 +138,7 @@ def main(_) -> None:
         expected = outcome(folder / "whole")
         faults += [f"two undisturbed runs: {one}" for one in differences(outcome(folder / "first"), expected)]
         print(f"undisturbed: {seconds:.0f} s, {len(expected)} things to compare", flush=True)
-        while sent < _COUNT.value:
+        while sent < args.count:
             runs += 1
             workdir, signals, where = folder / f"run-{runs}", 0, ""
             while where != "complete":
@@ -157,4 +158,4 @@ def main(_) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    main()

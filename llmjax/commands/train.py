@@ -31,7 +31,10 @@ def define_flags() -> flags.FlagValues:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string("workdir", None, "folder of this run: checkpoints, metrics, report", flag_values=values)
-    flags.DEFINE_integer("cpu_devices", 0, "split the CPU into this many virtual devices", flag_values=values)
+    flags.DEFINE_integer(
+        "cpu_devices", 0, "split the CPU into this many virtual devices, which wait for one another for up to an hour",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_bool("print_config", False, "print the resolved config and stop", flag_values=values)
     flags.DEFINE_bool(
         "preview", False, "print the first examples of each stage as tokens, with what carries loss, and stop",

@@ -84,7 +84,8 @@ def workdir(tmp_path) -> pathlib.Path:
     (["--config.mesh.data=3", "--config.evaluation.batch_size=3", "--config.pretrain.batch_size=32"],
      "pretrain.batch_size=32 is not divisible by the 3 batch shards of the mesh (data=3); use pretrain.batch_size=33"),
     (["--config.ppo.batch_size=12", "--config.ppo.minibatches=2", "--config.mesh.data=4"],
-     "ppo.batch_size / minibatches=6 is not divisible"),
+     "ppo: batch_size=12 in minibatches=2 is 6 answers each, which the 4 batch shards of the mesh (data=4) cannot share; use "
+     "ppo.batch_size=16, or other ppo.minibatches"),
     (["--config.mesh.tensor=4"], "has kv_heads=2, which the mesh axes tensor split into 4 unequal parts"),
     (["--config.mesh.tensor=16"], "mesh: tensor=16 needs 16 devices, 8 found"),
     (["--config.mesh.expert=4", "--config.model.moe.num_experts=6"], "mesh.expert=4 does not divide"),
