@@ -159,9 +159,10 @@ def targets(folder: pathlib.Path) -> list[Target]:
     return found
 
 
-def drill(all_targets: list[Target], count: int, seed: int) -> tuple[Counter, list[str]]:
-    """Damages `count` times, targets and kinds in turn. Returns counts by (target, kind, what came of it), and silent ones."""
-    rng, counts, silent = random.Random(seed), Counter(), []
+def drill(all_targets: list[Target], count: int, seed: int) -> tuple[Counter, list[str], set[str]]:
+    """Damages `count` times, targets and kinds in turn. Returns counts by (target, kind, what came of it), the silent ones, and
+    the names of the files whose damage was harmless."""
+    rng, counts, silent, harmless = random.Random(seed), Counter(), [], set()
     cases = [(target, kind) for target in all_targets for kind in DAMAGES]
     with tempfile.TemporaryDirectory(prefix="checkpoint-drill-") as scratch:
         for number in range(count):
@@ -169,7 +170,8 @@ def drill(all_targets: list[Target], count: int, seed: int) -> tuple[Counter, li
             result, where = trial(target, kind, rng, pathlib.Path(scratch))
             counts[target.name, kind, result] += 1
             silent += [f"{target.name}: {where} {kind}"] if result == "silent" else []
-    return counts, silent
+            harmless |= {pathlib.Path(where).name} if result == "harmless" else set()
+    return counts, silent, harmless
 
 
 def table(all_targets: list[Target], counts: Counter) -> str:
@@ -190,13 +192,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="checkpoint-drill-") as name:
         with contextlib.redirect_stdout(sys.stderr):
             found = targets(pathlib.Path(name))
-        counts, silent = drill(found, args.count, args.seed)
+        counts, silent, harmless = drill(found, args.count, args.seed)
         print(table(found, counts))
     total = Counter()
     for (_target, _kind, result), number in counts.items():
         total[result] += number
     print(f"{args.count} damages: {total['found']} found, {total['harmless']} harmless, {total['silent']} silent")
-    print("\n".join(silent), end="\n" if silent else "")
+    lines = [f"harmless, for no number is in them: {', '.join(sorted(harmless))}"] if harmless else []
+    for line in lines + silent:
+        print(line)
     sys.exit(bool(silent))
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -30,6 +29,7 @@ from llmjax.stages.base import (
     Stage,
     StageReward,
     check_decodes,
+    check_minibatches,
     check_split,
 )
 from llmjax.stages.datasets import PromptRows, PromptSet, prompt_sets
@@ -100,15 +100,7 @@ class RL(Stage):
     def check(self, experiment, name) -> None:
         check_kind(f"{name}.data", self.data, Prompt)
         check_split(experiment, name, "batch_size", self.batch_size)
-        rows, shards = self.batch_size // self.minibatches, experiment.mesh.batch_shards
-        if rows % shards:
-            whole = math.lcm(self.minibatches * shards, self.algorithm.answers_per_prompt)
-            near = max(1, round(self.batch_size / whole)) * whole
-            raise UserError(
-                f"{name}: batch_size={self.batch_size} in minibatches={self.minibatches} is {rows} answers each, which the "
-                f"{shards} batch shards of the mesh ({experiment.mesh.describe()}) cannot share; use {name}.batch_size={near}, "
-                f"or other {name}.minibatches"
-            )
+        check_minibatches(experiment, name, self.batch_size, self.minibatches, self.algorithm.answers_per_prompt)
         check_decodes(experiment, name)
 
     def prepare(self, context: Context) -> None:

@@ -19,6 +19,8 @@ from llmjax.training.state import abstract_state, init_state
 
 SPECS = {"matrix": ParamSpec((4, 8), ("embed", "mlp"), std=1.0), "scale": ParamSpec((8,), (None,), constant=1.0)}
 
+ORBAX_NOTES = {"_CHECKPOINT_METADATA", "commit_success.txt"}  # beside what is sealed; times and versions
+
 
 @pytest.fixture(scope="module", name="saved")
 def make_saved(tmp_path_factory):
@@ -43,16 +45,16 @@ def test_what_the_checkpoint_drill_compares_with(saved):
 
 
 def test_no_damage_is_silent(saved):
-    counts, silent = checkpoint_drill.drill(saved, 12, seed=1)
-    assert not silent and sum(counts.values()) == 12
-    assert sum(number for (*_, result), number in counts.items() if result == "found") >= 8
+    counts, silent, harmless = checkpoint_drill.drill(saved, 12, seed=1)
+    assert not silent and harmless <= ORBAX_NOTES | {"sha256.json"} and sum(counts.values()) == 12
+    assert sum(number for (*_, result), number in counts.items() if result == "found") >= 6
     assert checkpoint_drill.table(saved, counts).count("\n") == 2
 
 
 def test_the_checkpoint_drill_notices_a_number_that_is_not_what_was_saved(saved):
     changed = jax.tree.map(lambda x: np.nextafter(x, np.float32(9)), saved[1].whole)
     blind = types.SimpleNamespace(**vars(saved[1]) | {"read": lambda copy: (changed, "")})
-    counts, silent = checkpoint_drill.drill([blind], 3, seed=0)
+    counts, silent, _ = checkpoint_drill.drill([blind], 3, seed=0)
     assert len(silent) == 3 and {result for *_, result in counts} == {"silent"}
 
 
