@@ -2,6 +2,7 @@
 
 import collections.abc
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -9,9 +10,26 @@ import os
 import pathlib
 import shutil
 import socket
+from collections.abc import Mapping
 from typing import Any, TextIO
 
 from llmjax.errors import UserError
+
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+DISK_ERRORS = (*_FULL, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+"""What a disk says that is full, or may not be written to, or fails: nothing that a program did wrong."""
+
+
+def cannot_write(path: str | os.PathLike, error: OSError) -> UserError:
+    """What to raise where `path` cannot be written: what the system says, the free space if that is wanting, what to do."""
+    reason, then = error.strerror or str(error), "the same command goes on"
+    if error.errno not in _FULL:
+        return UserError(f"{path}: cannot be written ({reason}); see that it can, and {then}, or choose another place")
+    place = os.path.abspath(path)
+    while not os.path.isdir(place):
+        place = os.path.dirname(place)
+    free = shutil.disk_usage(place).free / 1e6
+    return UserError(f"{path}: cannot be written ({reason}, {free:,.1f} MB are free there); make room, and {then}")
 
 
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
@@ -32,7 +50,7 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose a place that can") from error
+        raise cannot_write(path, error) from error
 
 
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:
@@ -59,6 +77,31 @@ def read_json(path: str | os.PathLike) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not JSON ({error.msg}); restore the file or remove it") from error
+
+
+def read_json_lines(path: str | os.PathLike, fields: Mapping[str, type]) -> tuple[list[dict[str, Any]], list[str]]:
+    """The objects of a file of JSON lines that have these fields, of these types, and a line "PATH:NUMBER: ..." for each line
+    that holds none. What stands behind the last newline, where whoever wrote it was cut off, is left out; no file is no lines.
+
+    Raises UserError if it cannot be read.
+    """
+    try:
+        lines = pathlib.Path(path).read_bytes().split(b"\n")[:-1] if os.path.exists(path) else []
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); check its permissions") from error
+    found, broken = [], []
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line)
+        except ValueError:
+            value = None
+        if isinstance(value, dict) and all(type(value.get(name)) is kind for name, kind in fields.items()):
+            found.append(value)
+        else:
+            broken.append(f"{path}:{number}: not a JSON object with {', '.join(fields)}; the line is left out")
+    return found, broken
 
 
 @contextlib.contextmanager
@@ -89,7 +132,7 @@ def whole_folder(path: str | os.PathLike) -> collections.abc.Iterator[pathlib.Pa
         finally:
             shutil.rmtree(new, ignore_errors=True)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose a place that can") from error
+        raise cannot_write(path, error) from error
 
 
 def _flush(folder: pathlib.Path) -> None:

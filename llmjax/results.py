@@ -17,6 +17,11 @@ from llmjax.files import read_json, write_json_atomic
 RUN_FILE = "run.json"
 # What a completed stage leaves in its folder: this summary, what its model is, parameters, low-rank updates that are in them.
 RESULT_FILE, MODEL_FILE, PARAMS, ADAPTER = "result.json", "model.json", "params", "adapter"
+# What each line of metrics.jsonl has beside its numbers: the stage, its step, and "train" or "eval".
+ROW = {"stage": str, "step": int, "kind": str}
+# The history of the config of a run, and what each line has: before which step of which stage it was changed, and how.
+CHANGES_FILE = "config_changes.jsonl"
+CHANGE = {"stage": str, "step": int, "changes": list}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ import os
 import sys
 import warnings
 
+import absl.logging
+
 from llmjax.errors import UserError
 
 # mallopt parameters of glibc's malloc.h.
@@ -84,8 +86,9 @@ def quiet_libraries() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    for name in ("absl", "jax", "orbax", "tensorflow_datasets", "grain"):
+    for name in ("jax", "orbax", "tensorflow_datasets", "grain"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    absl.logging.set_verbosity(absl.logging.FATAL)  # Orbax reports from its threads, at length, what it also raises
     warnings.filterwarnings("ignore", module=r"(orbax|grain|tensorflow_datasets|etils|flax|tensorstore)(\..*)?")
     warnings.filterwarnings("ignore", message=r".*donated buffers were not usable.*")
 

@@ -1,7 +1,9 @@
 """Models, batches and compiled functions small enough for a unit test."""
 
+import contextlib
 import dataclasses
 import itertools
+import resource
 from functools import partial
 
 import jax
@@ -45,6 +47,17 @@ def logits(params, tokens, cfg, *, segments=None, positions=None) -> np.ndarray:
         positions = np.maximum(np.cumsum(segments > 0, axis=1) - 1, 0)
     positions = np.asarray(positions, np.int32)
     return np.asarray(apply(params, jnp.asarray(tokens), cfg=cfg, positions_BT=positions, segment_ids_BT=segments)[0])
+
+
+@contextlib.contextmanager
+def no_room(most: int):
+    """Within it no file can be written beyond its first `most` bytes, as on a disk that is full; no test output either."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 def draw(specs, seed: int = 0):

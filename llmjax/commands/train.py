@@ -12,6 +12,7 @@ from llmjax import runtime
 from llmjax.commands.base import call, parse_flags
 from llmjax.config import apply_overrides, load_experiment, split_overrides, to_json, validate
 from llmjax.errors import UserError
+from llmjax.training.stopping import heeded
 
 USAGE = """llmjax runs an experiment file: pre-training, SFT, reward model, PPO, whatever stages it holds; what is complete
 in the workdir is not run again, what was cut off goes on.
@@ -30,18 +31,31 @@ def define_flags() -> flags.FlagValues:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string("workdir", None, "folder of this run: checkpoints, metrics, report", flag_values=values)
-    flags.DEFINE_integer("cpu_devices", 0, "split the CPU into this many virtual devices", flag_values=values)
+    flags.DEFINE_integer(
+        "cpu_devices", 0, "split the CPU into this many virtual devices, which wait for one another for up to an hour",
+        flag_values=values,
+    )  # fmt: skip
     flags.DEFINE_bool("print_config", False, "print the resolved config and stop", flag_values=values)
     flags.DEFINE_bool(
         "preview", False, "print the first examples of each stage as tokens, with what carries loss, and stop",
         flag_values=values,
     )  # fmt: skip
+    flags.DEFINE_bool(
+        "allow_config_change", False, "go on in a workdir that was made by a config which computes something else; the change "
+        "is written down there and in the report", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_list("log_to", [], "where the metrics are shown beside the report: tensorboard, wandb", flag_values=values)
     flags.DEFINE_bool("help", False, "show this help", flag_values=values)
     return values
 
 
 def run(argv: Sequence[str]) -> None:
     """The program, without the handling of errors."""
+    with heeded(say=lambda text: print(text, file=sys.stderr, flush=True)):
+        _run(argv)
+
+
+def _run(argv: Sequence[str]) -> None:
     typed = shlex.join(["llmjax", *argv[1:]])
     argv, overrides = split_overrides(list(argv))
     values = define_flags()
@@ -66,19 +80,18 @@ def run(argv: Sequence[str]) -> None:
     if not values.workdir:
         raise UserError("--workdir is missing; give a folder for this run, e.g. --workdir=runs/quickstart")
     from llmjax.runs.start import this_start
-    from llmjax.training.stopping import heeded
 
-    with heeded(say=lambda text: print(text, file=sys.stderr, flush=True)):
-        if isinstance(config, Study):
-            from llmjax.runs.study import run_study
+    start = this_start(typed, values.config)
+    if isinstance(config, Study):
+        from llmjax.runs.study import run_study
 
-            run_study(config, values.workdir, this_start(typed, values.config))
-        else:
-            from llmjax.runs.pipeline import run_experiment
+        run_study(config, values.workdir, values.allow_config_change, values.log_to, start)
+    else:
+        from llmjax.runs.pipeline import run_experiment
 
-            changes = [f"--config.{path}={raw}" for path, raw in overrides]
-            command = shlex.join(["llmjax", f"--config={values.config}", *changes])
-            run_experiment(config, values.workdir, command, this_start(typed, values.config))
+        changes = [f"--config.{path}={raw}" for path, raw in overrides]
+        command = shlex.join(["llmjax", f"--config={values.config}", *changes])
+        run_experiment(config, values.workdir, command, values.allow_config_change, values.log_to, start)
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.files import read_json, write_json_atomic
+from llmjax.files import cannot_write, read_json, write_json_atomic
 
 SHARD_TOKENS = 2**24
 _INDEX = "index.json"
@@ -152,8 +152,7 @@ def write_shards(
             close_shard()
         write_json_atomic(folder / _INDEX, index | {"complete": True})
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(f"{folder}: cannot be written ({reason}); make room or choose another place") from error
+        raise cannot_write(folder, error) from error
     return Shards(folder)
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.errors import UserError
+from llmjax.files import cannot_write
 
 
 class Store:
@@ -52,7 +53,7 @@ class Store:
             with open(_index(path), "wb") as file:
                 np.save(file, np.array(starts, np.int64), allow_pickle=False)
         except OSError as error:
-            raise UserError(f"{path}: cannot be written ({error.strerror or error}); choose a place that can") from error
+            raise cannot_write(path, error) from error
 
 
 def _index(path: pathlib.Path) -> pathlib.Path:

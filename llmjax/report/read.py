@@ -1,7 +1,6 @@
 """What a run left in its workdir, read back: metrics.jsonl, STAGE/result.json, run.json, config.json; any may be absent."""
 
 import dataclasses
-import json
 import os
 import pathlib
 import statistics
@@ -11,7 +10,7 @@ from typing import Any
 
 from llmjax import files
 from llmjax.errors import UserError
-from llmjax.results import RESULT_FILE, About, Summary, Table, read_about, read_summary
+from llmjax.results import CHANGE, CHANGES_FILE, RESULT_FILE, ROW, About, Summary, Table, read_about, read_summary
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +24,8 @@ class Run:
         summaries: stage -> what it came to, for the stages that are complete.
         config: the resolved experiment as JSON values, or None.
         about: how it was started, and what its data hold.
+        changes: of the config since the run began, (stage, step that was the last before it, "sft.steps: 4 -> 9").
+        broken: "PATH:LINE: ..." for each line of metrics.jsonl that is none and was left out.
     """
 
     name: str
@@ -33,6 +34,8 @@ class Run:
     summaries: dict[str, Summary]
     config: dict[str, Any] | None
     about: About = About()
+    changes: Sequence[tuple[str, int, str]] = ()
+    broken: Sequence[str] = ()
 
     @property
     def stages(self) -> list[str]:
@@ -123,41 +126,34 @@ def read_run(workdir: str | os.PathLike, name: str = "") -> Run:
     """Reads a workdir.
 
     Raises:
-        UserError: no such folder, or a file in it that is not JSON (with its line).
+        UserError: no such folder, or a result.json or config.json in it that is not JSON (with its line).
     """
     workdir = pathlib.Path(workdir)
     if not workdir.is_dir():
         raise UserError(f"workdir={workdir}: no such folder; run an experiment into it first")
     config = workdir / "config.json"
+    metrics, broken = read_metrics(workdir / "metrics.jsonl")
+    rows, _ = files.read_json_lines(workdir / CHANGES_FILE, CHANGE)
     found = {path.parent.name: read_summary(path.parent) for path in sorted(workdir.glob(f"*/{RESULT_FILE}"))}
     return Run(
         name=name or workdir.name,
         workdir=workdir,
-        metrics=read_metrics(workdir / "metrics.jsonl"),
+        metrics=metrics,
         summaries={stage: summary for stage, summary in found.items() if summary is not None},
         config=files.read_json(config) if config.exists() else None,
         about=read_about(workdir),
+        changes=[(row["stage"], row["step"], line) for row in rows for line in row["changes"]],
+        broken=broken,
     )
 
 
-def read_metrics(path: pathlib.Path) -> dict[tuple[str, str], list[dict[str, Any]]]:
-    """(stage, kind) -> records by step. A resumed run repeats steps: the last record of a step counts.
+def read_metrics(path: pathlib.Path) -> tuple[dict[tuple[str, str], list[dict[str, Any]]], list[str]]:
+    """(stage, kind) -> records by step, and what `Run.broken` holds. Of a step that was repeated the last record counts.
 
-    An unfinished last line (the run was killed while it wrote) is left out; any other broken line is a UserError.
+    An unfinished last line (the run was killed while it wrote) is left out in silence.
     """
-    if not path.exists():
-        return {}
     by_step = defaultdict(dict)
-    lines = files.read_text(path).split("\n")
-    for index, line in enumerate(lines[:-1]):  # what follows the last newline is empty or unfinished
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            key = (record["stage"], record["kind"])
-            step = int(record["step"])
-        except (ValueError, KeyError, TypeError) as error:
-            problem = "not a JSON object with stage, kind and step"
-            raise UserError(f"{path}:{index + 1}: {problem}; remove the line") from error
-        by_step[key].setdefault(step, {}).update(record)
-    return {key: [steps[step] for step in sorted(steps)] for key, steps in by_step.items()}
+    rows, broken = files.read_json_lines(path, ROW)
+    for row in rows:
+        by_step[row["stage"], row["kind"]].setdefault(row["step"], {}).update(row)
+    return {key: [steps[step] for step in sorted(steps)] for key, steps in by_step.items()}, broken

@@ -80,6 +80,7 @@ def subtitle(run: Run) -> str:
         units.with_unit(units.seconds(sum(s.seconds for s in done) if done else None), "in all"),
         units.with_unit(units.count(sum(s.tokens for s in done) if done else None), "tokens"),
         f"config {fingerprint(run.config)}" if run.config is not None else units.MISSING,
+        f"{len(run.broken)} broken lines of metrics.jsonl left out" if run.broken else units.MISSING,
     ]
     return " · ".join(part for part in parts if part != units.MISSING)
 
@@ -301,7 +302,7 @@ def _flops_picture(runs: Sequence[Run], stage: str) -> list[Picture]:
 
 
 def details(runs: Sequence[Run]) -> tuple[Detail, ...]:
-    """Data, starts and config of each run, under its name where there are several."""
+    """Data, starts, config and its changes of each run, under its name where there are several."""
     made = []
     for run in runs:
         which = f": {run.name}" if len(runs) > 1 else ""
@@ -316,6 +317,9 @@ def details(runs: Sequence[Run]) -> tuple[Detail, ...]:
             made.append(Detail(f"Command, device, versions{which}", None, _start_facts(run), lines))
         if run.config is not None:
             made.append(Detail(f"Resolved config{which}", text=json.dumps(run.config, indent=2, ensure_ascii=False)))
+        if run.changes:
+            lines = [f"after step {step:,} of {stage}: {line}" for stage, step, line in run.changes]
+            made.append(Detail(f"Config changed since the run began{which}", text="\n".join(lines)))
     return tuple(made)
 
 

@@ -26,12 +26,22 @@ from llmjax.report.tables import table_grid, to_rich
 from llmjax.results import ADAPTER, PARAMS, Start, Summary, read_about, write_about, write_summary
 from llmjax.runs.models import trained_length, write_model_file
 from llmjax.runs.start import this_start
-from llmjax.runs.workdir import CONFIG, SOURCE, TOKENIZER, check_workdir, in_use
+from llmjax.runs.workdir import (
+    CONFIG,
+    SOURCE,
+    TOKENIZER,
+    check_workdir,
+    config_changes,
+    in_use,
+    record_changes,
+    with_prepared_data,
+)
 from llmjax.sharding import MeshConfig, make_mesh, use_mesh
 from llmjax.stages.base import Context, Result
 from llmjax.stages.experiment import Experiment, all_data, check_lengths, check_vocabulary
 from llmjax.training import checkpoint
 from llmjax.training.metrics import MetricsLog
+from llmjax.training.sinks import check_sinks, open_sinks
 from llmjax.units import text
 
 VIRTUAL_MESHES = (MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2), MeshConfig(data=2))  # to try on one machine
@@ -40,19 +50,23 @@ VIRTUAL_MESHES = (MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2), MeshCo
 REPORT_SECONDS, REPORT_SHARE = 60.0, 0.02  # between two reports within a stage at least; and of the time at most
 
 
-def run_experiment(experiment: Experiment, workdir: str, command: str, start: Start | None = None) -> None:
+def run_experiment(
+    experiment: Experiment, workdir: str, command: str, allow_config_change: bool = False, log_to: Sequence[str] = (),
+    start: Start | None = None,
+) -> None:  # fmt: skip
     """Runs every stage of `experiment` that `workdir` does not yet hold complete; report.html is written again and again.
 
-    command: the command line without --workdir, for the lines that say how to go on. start: for the report; None for that of a
-    program which calls this. Raises UserError, before anything
-    is written, when there are too few devices, when `workdir` cannot be used or was made by another config, and for data that
-    cannot be read.
+    command: the command line without --workdir, for the lines that say how to go on. allow_config_change: see `check_workdir`.
+    log_to: names of `llmjax.training.sinks` that the metrics are given to too. start: for the report; None for that of a
+    program which calls this. Raises UserError, before anything is written, when there are too few devices, when `workdir`
+    cannot be used or was made by another config, and for data that cannot be read.
     """
+    check_sinks(log_to)
     experiment = with_own_model(experiment)
-    check(experiment, workdir)
+    check(experiment, workdir, allow_config_change)
     opened = read_data(experiment, workdir)
     with in_use(workdir):
-        complete(experiment, workdir, opened, start or this_start(command))
+        complete(experiment, workdir, opened, start or this_start(command), log_to)
         if jax.process_index() == 0:
             conclude(experiment, workdir, _variations(experiment, workdir, command))
 
@@ -76,12 +90,16 @@ def with_own_model(experiment: Experiment) -> Experiment:
     return experiment
 
 
-def check(experiment: Experiment, workdir: str) -> None:
+def check(experiment: Experiment, workdir: str, allow_config_change: bool = False) -> None:
     """Raises UserError if `experiment` cannot start, or go on, in `workdir`, whatever its data. Writes nothing."""
     # The vocabulary may not be known yet; this size divides, whatever the mesh.
     vocab_size = experiment.model.vocab_size or experiment.mesh.tensor
     shardings(transformer_spec(replace(experiment.model, vocab_size=vocab_size)), make_mesh(experiment.mesh))
-    check_workdir(experiment, workdir)
+    check_workdir(experiment, workdir, allow_config_change)
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
 
 
 @dataclass(frozen=True)
@@ -96,7 +114,7 @@ class _Shelf:
         return os.path.join(self.workdir, "data", *parts)
 
     def say(self, text: str) -> None:
-        print(text, flush=True)
+        _say(text)
 
     def read(self, source: Data) -> Splits:
         """The splits of a source, read once."""
@@ -188,14 +206,20 @@ def _documents(experiment: Experiment, place: _Shelf) -> Iterator[str]:
         yield from place.read(source).train
 
 
-def complete(experiment: Experiment, workdir: str, opened: dict[str, Splits], start: Start) -> None:
+def complete(
+    experiment: Experiment, workdir: str, opened: dict[str, Splits], start: Start, log_to: Sequence[str] = ()
+) -> None:
     """Prepares the data of all stages that are not complete, then runs these one after another, with a report of each."""
-    verbose = jax.process_index() == 0
+    verbose, changes = jax.process_index() == 0, config_changes(experiment, workdir)
+    experiment = with_prepared_data(experiment, workdir)
     if verbose:
         stages = ", ".join(experiment.stages)
         print(f"{experiment.name}: {stages} on {experiment.mesh.describe()} in {workdir}", flush=True)
+        if changes:
+            _say(f"goes on with another config: {'; '.join(changes)}")
+        record_changes(experiment, workdir, changes)
         write_text_atomic(os.path.join(workdir, CONFIG), to_json(experiment))
-    metrics = MetricsLog(os.path.join(workdir, "metrics.jsonl"), enabled=verbose)
+    metrics = MetricsLog(os.path.join(workdir, "metrics.jsonl"), verbose, _say, open_sinks(log_to, workdir) if verbose else ())
     try:
         with use_mesh(make_mesh(experiment.mesh)):
             shared = open_context(experiment, workdir, metrics, verbose, opened)

@@ -17,20 +17,26 @@ from llmjax.runs.pipeline import check, complete, conclude, read_data, with_own_
 from llmjax.runs.start import this_start
 from llmjax.runs.workdir import in_use
 from llmjax.stages.experiment import Study
+from llmjax.training.sinks import check_sinks
 
 
-def run_study(study: Study, workdir: str, start: Start | None = None) -> None:
-    """Runs the experiments of a study, each in workdir/NAME, and sets them side by side. All are checked first. start: for the
-    reports; None for that of a program which calls this."""
+def run_study(
+    study: Study, workdir: str, allow_config_change: bool = False, log_to: Sequence[str] = (), start: Start | None = None
+) -> None:
+    """Runs the experiments of a study, each in workdir/NAME, and sets them side by side. All are checked first.
+
+    allow_config_change, log_to, start: as for `llmjax.runs.pipeline.run_experiment`.
+    """
+    check_sinks(log_to)
     runs = {name: os.path.join(workdir, name) for name in study.experiments}
     study = replace(study, experiments={name: with_own_model(one) for name, one in study.experiments.items()})
     for name, experiment in study.experiments.items():
-        check(experiment, runs[name])
+        check(experiment, runs[name], allow_config_change)
     opened = {name: read_data(experiment, runs[name]) for name, experiment in study.experiments.items()}
     with in_use(workdir):
         for name, experiment in study.experiments.items():
             with in_use(runs[name]):
-                complete(experiment, runs[name], opened.pop(name), start or this_start(""))
+                complete(experiment, runs[name], opened.pop(name), start or this_start(""), log_to)
                 if jax.process_index() == 0:
                     conclude(experiment, runs[name])
         if jax.process_index() == 0:

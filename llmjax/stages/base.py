@@ -7,6 +7,7 @@ nothing needs to know of it but the experiment that names it.
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -242,6 +243,8 @@ class Context:
         progress line.
         """
         began = time.monotonic()
+        if program.note:
+            self.say(program.note)
         checkpoints = Checkpoints(self.path("checkpoints"), digests=self.experiment.checkpoint_digests, say=self.say)
         tokens = tokens_per_step or program.tokens
         loop = Loop(
@@ -280,6 +283,18 @@ class Trained:
 def check_split(experiment: Experiment, name: str, field: str, batch_size: int) -> None:
     """Raises UserError if the mesh cannot split a batch of stage `name` evenly."""
     check_batch(f"{name}.{field}", batch_size, experiment.mesh)
+
+
+def check_minibatches(experiment: Experiment, name: str, batch_size: int, minibatches: int, group: int) -> None:
+    """Raises UserError if the mesh cannot split a minibatch of stage `name` evenly. group: batch_size is a multiple of it."""
+    rows, mesh = batch_size // minibatches, experiment.mesh
+    if rows % mesh.batch_shards:
+        whole = math.lcm(minibatches * mesh.batch_shards, group)
+        raise UserError(
+            f"{name}: batch_size={batch_size} in minibatches={minibatches} is {rows} answers each, which the "
+            f"{mesh.batch_shards} batch shards of the mesh ({mesh.describe()}) cannot share; use "
+            f"{name}.batch_size={max(1, round(batch_size / whole)) * whole}, or other {name}.minibatches"
+        )
 
 
 def check_decodes(experiment: Experiment, name: str) -> None:

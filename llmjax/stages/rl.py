@@ -29,6 +29,7 @@ from llmjax.stages.base import (
     Stage,
     StageReward,
     check_decodes,
+    check_minibatches,
     check_split,
 )
 from llmjax.stages.datasets import PromptRows, PromptSet, prompt_sets
@@ -108,7 +109,7 @@ class RL(Stage):
     def check(self, experiment, name) -> None:
         check_kind(f"{name}.data", self.data, Prompt)
         check_split(experiment, name, "batch_size", self.batch_size)
-        check_split(experiment, name, "batch_size / minibatches", self.batch_size // self.minibatches)
+        check_minibatches(experiment, name, self.batch_size, self.minibatches, self.algorithm.answers_per_prompt)
         check_decodes(experiment, name)
 
     def prepare(self, context: Context) -> None:

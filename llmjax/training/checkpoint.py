@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
 from llmjax.errors import UserError
-from llmjax.files import check_name, damage, seal
+from llmjax.files import DISK_ERRORS, cannot_write, check_name, damage, seal
 
 PyTree = Any
 _ITEM = "default"  # what Orbax calls the one thing in a checkpoint
@@ -30,16 +32,20 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, enable_async_checkpointing=True,
+                max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True,
                 async_options=ocp.AsyncOptions(post_finalization_callback=self._seal),
             ),
         )  # fmt: skip
 
     def save(self, step: int, state: PyTree) -> None:
-        """Starts to save; the arrays are copied before it returns, so the state may be donated to the next step."""
+        """Starts to save; the arrays are copied before it returns, so the state may be donated to the next step.
+
+        Raises UserError if this one, or the one before, cannot be written; those that are whole stay.
+        """
         self.wait()
         self._saving = step
-        self._manager.save(step, args=ocp.args.StandardSave(state))
+        with _writing(self.directory):
+            self._manager.save(step, args=ocp.args.StandardSave(state))
 
     def _seal(self) -> None:
         """Called when all is written and the folder still has its temporary name."""
@@ -73,19 +79,26 @@ class Checkpoints:
             raise UserError(_unreadable(os.path.join(self.directory, str(step)), error)) from error
 
     def wait(self) -> None:
-        """Until everything is on disk."""
-        self._manager.wait_until_finished()
+        """Until everything is on disk. Raises UserError if it cannot be written."""
+        with _writing(self.directory):
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         self.wait()
         self._manager.close()
 
 
+def newest_step(directory: str) -> int:
+    """The step of the newest checkpoint in a folder of them; 0 where there is none."""
+    there = os.listdir(directory) if os.path.isdir(directory) else []
+    return max((int(name) for name in there if name.isdigit()), default=0)
+
+
 def save_params(directory: str, params: PyTree, digests: bool = True) -> None:
     """Writes parameters to `directory`, replacing what is there; whole or not at all. digests: as in `files.seal`."""
     check_name(directory)
     directory = os.path.abspath(directory)
-    with ocp.StandardCheckpointer() as checkpointer:
+    with _writing(directory), ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(directory, params, force=True)
     seal(directory, digests)
 
@@ -104,6 +117,21 @@ def load_params(directory: str, abstract: PyTree) -> PyTree:
             return checkpointer.restore(directory, abstract)
     except ValueError as error:
         raise UserError(_unreadable(directory, error)) from error
+
+
+@contextlib.contextmanager
+def _writing(directory: str) -> Iterator[None]:
+    """Turns what Orbax raises where the system refuses to write into a UserError.
+
+    Tensorstore raises ValueError whatever the reason, with the number of the system's error at the end of its words.
+    """
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        number = getattr(error, "errno", None) or next(iter(re.findall(r"os_error_code='(\d+)'", str(error))), None)
+        if number is None or int(number) not in DISK_ERRORS:
+            raise
+        raise cannot_write(directory, OSError(int(number), os.strerror(int(number)))) from error
 
 
 def delete(directory: str) -> None:

@@ -17,9 +17,10 @@ from llmjax.models.spec import is_spec
 class OptimizerConfig:
     """AdamW (Loshchilov & Hutter 2017, arXiv:1711.05101) with warm-up and decay.
 
-    learning_rate: peak. warmup_steps: linear from 0. schedule: of the rest, down to final_fraction of the peak.
-    weight_decay: on matrices only. grad_clip: largest global norm of the gradient, 0 for none; where a stage trains two models
-    (policy and critic) that of each by itself, so that one's large gradient does not shrink the other's.
+    learning_rate: peak. warmup_steps: updates from rate 0, that of the first, in a straight line to the peak, that of the one
+    after them; a run that is no longer than that does not reach it, and says so. schedule: of the rest, down to final_fraction
+    of the peak. weight_decay: on matrices only. grad_clip: largest global norm of the gradient, 0 for none; where a stage
+    trains two models (policy and critic) that of each by itself, so that one's large gradient does not shrink the other's.
     """
 
     learning_rate: PositiveFloat = 1e-3
@@ -34,18 +35,27 @@ class OptimizerConfig:
 
 
 def learning_rate_schedule(cfg: OptimizerConfig, num_steps: int) -> optax.Schedule:
-    """step -> learning rate over `num_steps` steps."""
-    peak, floor = cfg.learning_rate, cfg.learning_rate * cfg.final_fraction
-    warmup = min(cfg.warmup_steps, max(num_steps - 1, 0))
+    """step -> learning rate over `num_steps` updates, the first of which is step 0: peak * step / warmup_steps before step
+    warmup_steps, then the decay, which begins at the peak."""
+    peak, warmup = cfg.learning_rate, cfg.warmup_steps
     rest = max(num_steps - warmup, 1)
     decay = {
         "cosine": optax.cosine_decay_schedule(peak, rest, cfg.final_fraction),
-        "linear": optax.linear_schedule(peak, floor, rest),
+        "linear": optax.linear_schedule(peak, peak * cfg.final_fraction, rest),
         "constant": optax.constant_schedule(peak),
     }[cfg.schedule]
-    if not warmup:
-        return decay
-    return optax.join_schedules([optax.linear_schedule(peak / warmup, peak, warmup), decay], [warmup])
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
+
+
+def short_of_peak(cfg: OptimizerConfig, num_steps: int) -> str:
+    """What to know of a warm-up that `num_steps` updates do not come to the end of, in words; "" if they do."""
+    if not cfg.warmup_steps or num_steps > cfg.warmup_steps:
+        return ""
+    share = (num_steps - 1) / cfg.warmup_steps
+    return (
+        f"warmup_steps={cfg.warmup_steps} for {num_steps} updates: the learning rate rises to {share:.0%} of its peak only; "
+        "lower optimizer.warmup_steps to reach it"
+    )
 
 
 def updates_made(opt_state: Any) -> jax.Array:

@@ -13,7 +13,13 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from llmjax.sharding import BATCH_AXES
-from llmjax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer, updates_made
+from llmjax.training.optimizer import (
+    OptimizerConfig,
+    learning_rate_schedule,
+    make_optimizer,
+    short_of_peak,
+    updates_made,
+)
 from llmjax.training.state import LossFn, TrainState, abstract_state, init_state, make_train_step
 
 PyTree = Any
@@ -42,11 +48,13 @@ class TrainProgram(Program):
     """One update: fn(state, batch, key, *frozen) -> (state, metrics); the old state is donated.
 
     specs: the `ParamSpec` of what is trained. optimizer: made from its config. state: abstract, what checkpoints hold.
+    note: what is to be said before training, "" for nothing.
     """
 
     specs: PyTree
     optimizer: optax.GradientTransformation
     state: TrainState
+    note: str = ""
 
     @property
     def length(self) -> int:
@@ -80,9 +88,9 @@ def train_program(
     tx = make_optimizer(optimizer, num_updates, specs, rates)
     state = abstract_state(specs, tx, mesh)
     key = jax.eval_shape(jax.random.key, 0)
-    schedule = learning_rate_schedule(optimizer, num_updates)
+    schedule, note = learning_rate_schedule(optimizer, num_updates), short_of_peak(optimizer, num_updates)
     step = make_train_step(loss_fn, tx, state, after, lambda opt_state: jnp.asarray(schedule(updates_made(opt_state))))
-    return TrainProgram(step, (state, dict(batch), key, *frozen), tokens, flops_per_token, specs, tx, state)
+    return TrainProgram(step, (state, dict(batch), key, *frozen), tokens, flops_per_token, specs, tx, state, note)
 
 
 def abstract_batch(

@@ -1,6 +1,8 @@
 """A run that is killed in every stage and started again ends as one that was left alone, bit for bit."""
 
 import signal
+import subprocess
+import sys
 
 import program
 import pytest
@@ -36,3 +38,10 @@ def test_told_to_end_in_every_stage(finished, tmp_path):
     program.run(finished.kind, workdir)
     told, whole = program.outcome(workdir), program.outcome(finished.workdir)
     assert told["results"] == whole["results"] and told["rows"] == whole["rows"]
+
+
+def test_told_to_end_at_random_moments():
+    """The drill, in short; it also ends processes between stages and before the first."""
+    command = [sys.executable, str(program.REPOSITORY / "benchmarks" / "kill_drill.py"), "--count=3"]
+    done = subprocess.run(command, env=program.environment(), capture_output=True, text=True, timeout=program.TIMEOUT)
+    assert done.returncode == 0 and "every run ended as the undisturbed one" in done.stdout, done.stdout + done.stderr

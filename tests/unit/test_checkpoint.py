@@ -14,6 +14,7 @@ from llmjax import sharding
 from llmjax.errors import UserError
 from llmjax.models.spec import ParamSpec, abstract_params
 from llmjax.sharding import MeshConfig
+from llmjax.training import checkpoint
 from llmjax.training.checkpoint import Checkpoints, delete, load_params, save_params
 from llmjax.training.state import abstract_state, init_state
 
@@ -207,6 +208,37 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(tmp_path):
     again = Checkpoints(str(tmp_path / "checkpoints"))
     tiny.assert_trees_equal(again.restore(abstract), expected)
     again.close()
+
+
+@pytest.mark.parametrize("most", [3000, 40, 0])
+def test_a_full_disk_is_one_line_and_the_checkpoint_before_stays(tmp_path, most):
+    """What there is no room for may be numbers, notes of Orbax, or the seal."""
+    specs = SPECS | {"noise": ParamSpec((40, 40), ("embed", "mlp"), std=1.0)}
+    tx, words = optax.sgd(0.1), r": cannot be written \(File too large, [\d,.]+ MB are free there\); make room, and the same "
+    abstract = abstract_state(specs, tx, None)
+    state = init_state(tiny.draw(specs), tx, abstract)
+    checkpoints = Checkpoints(str(tmp_path / "checkpoints"))
+    checkpoints.save(1, state)
+    checkpoints.wait()
+    with tiny.no_room(most):
+        with pytest.raises(UserError, match="checkpoints" + words) as error:
+            checkpoints.save(2, state)
+            checkpoints.wait()
+        with pytest.raises(UserError, match="params" + words):
+            save_params(str(tmp_path / "params"), state.params)
+    assert "\n" not in str(error.value) and not (tmp_path / "params").exists()
+    assert [name for name in os.listdir(tmp_path / "checkpoints") if name.isdigit()] == ["1"]
+    again = Checkpoints(str(tmp_path / "checkpoints"))
+    tiny.assert_trees_equal(again.restore(abstract), state)
+    again.save(4, state)
+    again.close()
+    assert sorted(os.listdir(tmp_path / "checkpoints")) == ["1", "4"]  # what was half written takes no room any more
+
+
+def test_what_orbax_raises_for_other_reasons_stays_what_it_is():
+    for error in (ValueError("shapes differ"), FileNotFoundError(2, "No such file")):
+        with pytest.raises(type(error)), checkpoint._writing("nowhere"):
+            raise error
 
 
 def test_an_unfinished_save_does_not_count(tmp_path):

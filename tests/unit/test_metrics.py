@@ -1,7 +1,12 @@
 """metrics.jsonl survives crashes and forgets what is done again."""
 
 import json
+import re
 
+import pytest
+import tiny
+
+from llmjax.errors import UserError
 from llmjax.training.metrics import MetricsLog, read_rows
 
 
@@ -31,6 +36,36 @@ def test_a_line_that_was_cut_off_is_dropped_and_the_next_starts_clean(tmp_path):
         log.write("sft", 2, "train", {"loss": 1.0})
         log.close()
         assert [(row["step"], row["loss"]) for row in read_rows(str(path))] == [(1, 2.0), (2, 1.0)]
+
+
+@pytest.mark.parametrize("garbage", [
+    b"\x00\xff\xfe\x80 rubbish", b"{", b'{"stage": "sft"}', b"3", b'{"stage": "sft", "step": "1", "kind": "train"}', b"\xe2\x28"
+])  # fmt: skip
+def test_a_broken_line_is_said_and_left_out(tmp_path, garbage):
+    path, said = tmp_path / "metrics.jsonl", []
+    lines = [json.dumps({"stage": "sft", "step": step, "kind": "train", "loss": 1.0}).encode() for step in (1, 2)]
+    path.write_bytes(b"\n".join([lines[0], garbage, lines[1], b"\x00\x00\x00"]))
+    log = MetricsLog(str(path), say=said.append)
+    assert said == [f"{path}:2: not a JSON object with stage, step, kind; the line is left out"]
+    log.rewind("sft", 1)
+    log.write("sft", 2, "train", {"loss": 0.5})
+    log.close()
+    assert len(said) == 1 and [(row["step"], row["loss"]) for row in read_rows(str(path))] == [(1, 1.0), (2, 0.5)]
+
+
+def test_a_full_disk_is_one_line_and_what_was_written_stays(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(str(path))
+    log.write("sft", 1, "train", {"loss": 1.0})
+    with tiny.no_room(path.stat().st_size + 10), pytest.raises(UserError) as error:
+        log.write("sft", 2, "train", {"loss": 1.0})
+    log.close()
+    words = r"metrics\.jsonl: cannot be written \(File too large, [\d,.]+ MB are free there\); make room, and the same command"
+    assert re.search(words, str(error.value))
+    assert path.read_bytes().count(b"\n") == 1 and len(path.read_bytes().split(b"\n")[1]) == 10  # cut off, as by a crash
+    again = MetricsLog(str(path))
+    again.close()
+    assert [row["step"] for row in read_rows(str(path))] == [1]
 
 
 def test_rewind_forgets_later_rows_of_that_stage_only(tmp_path):

@@ -372,14 +372,24 @@ def test_study_waits_for_no_stage_that_an_experiment_does_not_have(tmp_path):
     assert "Data and tokenizer: moe" in text and "Resolved config: dense" in text
 
 
+def test_broken_lines_of_the_metrics_are_left_out_and_the_report_says_so(tmp_path):
+    workdir = make_workdir(tmp_path / "run", ("sft",))
+    whole = read.read_run(workdir)
+    with open(workdir / "metrics.jsonl", "r+b") as file:
+        lines = file.read().split(b"\n")
+        file.seek(0)
+        file.write(b"\n".join([lines[0], b"\x00\xff rubbish", b"{}", *lines[1:], b'{"stage": "sf']))
+    run = read.read_run(workdir)
+    assert run.metrics == whole.metrics
+    said = "not a JSON object with stage, step, kind; the line is left out"
+    assert run.broken == [f"{workdir / 'metrics.jsonl'}:{number}: {said}" for number in (2, 3)]
+    assert "2 broken lines of metrics.jsonl left out" in check(render.write_report(workdir, "x"))[1]
+
+
 def test_broken_inputs_are_one_line(tmp_path):
     with pytest.raises(UserError, match="no such folder"):
         render.write_report(tmp_path / "none", "x")
     workdir = make_workdir(tmp_path / "run", ("sft",))
-    (workdir / "metrics.jsonl").write_text('{"stage": "sft", "step": 0, "kind": "train"}\n{"oops\n{}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl:2: not a JSON object"):
-        render.write_report(workdir, "x")
-    (workdir / "metrics.jsonl").unlink()
     (workdir / "sft" / "result.json").write_text("{")
     with pytest.raises(UserError, match=r"result\.json:1: not JSON"):
         render.write_report(workdir, "x")

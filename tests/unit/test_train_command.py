@@ -1,5 +1,6 @@
 """The command line: every mistake is one line on stderr and exit status 2, and leaves nothing behind."""
 
+import errno
 import gzip
 import json
 import os
@@ -14,11 +15,15 @@ import tiny
 
 from llmjax.commands import base, train
 from llmjax.config import apply_overrides, load_experiment, to_dict, to_json
+from llmjax.data.base import Mixture
+from llmjax.data.sources import Dialogues, Rankings
 from llmjax.data.tokenizer import Tokenizer, TokenizerConfig
 from llmjax.errors import UserError
 from llmjax.interop.hf_folder import save_params
 from llmjax.models.config import ModelConfig
+from llmjax.report import read, render
 from llmjax.runs import pipeline
+from llmjax.runs import workdir as workdir_module
 from llmjax.training.metrics import MetricsLog
 
 REPOSITORY = pathlib.Path(__file__).parents[2]
@@ -88,7 +93,8 @@ def workdir(tmp_path) -> pathlib.Path:
     (["--config.mesh.data=3", "--config.evaluation.batch_size=3", "--config.pretrain.batch_size=32"],
      "pretrain.batch_size=32 is not divisible by the 3 batch shards of the mesh (data=3); use pretrain.batch_size=33"),
     (["--config.ppo.batch_size=12", "--config.ppo.minibatches=2", "--config.mesh.data=4"],
-     "ppo.batch_size / minibatches=6 is not divisible"),
+     "ppo: batch_size=12 in minibatches=2 is 6 answers each, which the 4 batch shards of the mesh (data=4) cannot share; use "
+     "ppo.batch_size=16, or other ppo.minibatches"),
     (["--config.mesh.tensor=4"], "has kv_heads=2, which the mesh axes tensor split into 4 unequal parts"),
     (["--config.mesh.tensor=16"], "mesh: tensor=16 needs 16 devices, 8 found"),
     (["--config.mesh.expert=4", "--config.model.moe.num_experts=6"], "mesh.expert=4 does not divide"),
@@ -283,24 +289,109 @@ def test_workdir_of_another_config(capsys, tmp_path):
     flags = ["--config.seed=1", "--config.ppo.policy=pretrain", "--config.pretrain.data.seed=2", "--config.sft.steps=9"]
     assert error_of(capsys, f"{QUICKSTART}:test", f"--workdir={tmp_path}", *flags) == (
         f"--workdir={tmp_path} was made by another config (seed: 0 -> 1; pretrain.data.seed: 0 -> 2; ppo.policy: sft -> "
-        "pretrain); use another --workdir, or delete this one to start again"
+        "pretrain); use another --workdir, or delete this one to start again, or add --allow_config_change to go on with the "
+        "new one, which is written down"
     )
     assert tree(tmp_path) == before
 
 
-@pytest.mark.parametrize(
-    "override",
-    [("ppo.algorithm.kl_coef", "0.123"), ("ppo", "none"), ("mesh.data", "2"), ("checkpoint_seconds", "1")],
-)
-def test_what_has_not_begun_may_change(tmp_path, override):
+@pytest.fixture(name="begun")
+def make_begun(tmp_path):
+    """The workdir of a run that has completed pre-training and begun SFT, and its experiment."""
     experiment = load_experiment(f"{EXPERIMENTS}/quickstart.py:test")
-    (tmp_path / "config.json").write_text(to_json(experiment))
-    (tmp_path / "sft").mkdir()
-    before = tree(tmp_path)
-    pipeline.check(apply_overrides(experiment, [override]), str(tmp_path))
-    assert tree(tmp_path) == before
-    with pytest.raises(UserError, match="was made by another config"):
-        pipeline.check(apply_overrides(experiment, [("sft.steps", "123")]), str(tmp_path))
+    workdir = tmp_path / "begun"
+    for step in ("2", "3"):
+        (workdir / "sft" / "checkpoints" / step).mkdir(parents=True)
+    (workdir / "pretrain").mkdir()
+    (workdir / "pretrain" / "result.json").write_text("{}")
+    (workdir / "config.json").write_text(to_json(experiment))
+    return workdir, experiment
+
+
+FREE = [
+    ("name", "other"), ("mesh.data", "2"), ("checkpoint_seconds", "1"), ("checkpoint_digests", "false"),
+    ("evaluation.num_samples", "9"), ("pretrain.eval_every", "5"), ("sft.eval_every", "7"),  # what is shown, and when
+    ("ppo.algorithm.kl_coef", "0.123"), ("reward.batch_size", "4"),  # of stages that have not begun
+    ("ppo", "none"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("override", FREE, ids=lambda one: one[0])
+def test_what_changes_nothing_that_was_computed_may_change(begun, override):
+    workdir, experiment = begun
+    before, changed = tree(workdir), apply_overrides(experiment, [override])
+    pipeline.check(changed, str(workdir))
+    assert tree(workdir) == before
+    (line,) = workdir_module.config_changes(changed, str(workdir))
+    assert line.startswith(f"{override[0]}: ")
+    assert to_dict(workdir_module.with_prepared_data(changed, str(workdir))) == to_dict(changed)
+
+
+def test_a_stage_that_has_begun_may_be_taken_out(begun):
+    workdir, experiment = begun
+    pipeline.check(experiment.only("pretrain"), str(workdir))
+
+
+@pytest.mark.parametrize("override", [
+    ("sft.steps", "123"), ("sft.optimizer.learning_rate", "1"), ("sft.eval_batches", "1"), ("sft.data.num_dialogues", "100"),
+    ("seed", "1"), ("model.num_layers", "1"), ("evaluation.num_prompts", "8"), ("tokenizer.vocab_size", "300"),
+], ids=lambda one: one[0])  # fmt: skip
+def test_what_changes_the_rest_of_a_run_needs_a_flag(begun, override):
+    workdir, experiment = begun
+    before, changed = tree(workdir), apply_overrides(experiment, [override])
+    with pytest.raises(UserError, match=r"was made by another config .* add --allow_config_change to go on with the new one"):
+        pipeline.check(changed, str(workdir))
+    pipeline.check(changed, str(workdir), allow_config_change=True)
+    assert tree(workdir) == before
+
+
+def test_a_complete_stage_is_not_changed_by_the_flag_either(begun):
+    workdir, experiment = begun
+    changed = apply_overrides(experiment, [("pretrain.steps", "9")])
+    with pytest.raises(UserError, match=r"pretrain\.steps: 6 -> 9\); use another --workdir, or delete this one to start a.*n$"):
+        pipeline.check(changed, str(workdir))
+    with pytest.raises(UserError, match=r"pretrain\.steps: 6 -> 9, but that stage is complete and is not run again"):
+        pipeline.check(changed, str(workdir), allow_config_change=True)
+
+
+def test_changes_are_written_down(begun):
+    workdir, experiment = begun
+    for changes in (["sft.steps: 4 -> 9", "seed: 0 -> 1"], [], ["sft.eval_every: 2 -> 3"]):
+        workdir_module.record_changes(experiment, str(workdir), changes)
+    rows = [json.loads(line) for line in (workdir / "config_changes.jsonl").read_text().splitlines()]
+    assert rows == [
+        {"stage": "sft", "step": 3, "changes": ["sft.steps: 4 -> 9", "seed: 0 -> 1"]},
+        {"stage": "sft", "step": 3, "changes": ["sft.eval_every: 2 -> 3"]},
+    ]
+    (workdir / "pretrain" / "result.json").unlink()
+    changes = read.read_run(workdir).changes
+    assert changes[0] == ("sft", 3, "sft.steps: 4 -> 9") and len(changes) == 3
+    page = render.write_report(workdir, "x").read_text()
+    assert "changed since it began" in page and "after step 3 of sft: sft.steps: 4 -&gt; 9" in page
+
+
+def test_data_that_were_moved_are_gone_on_with_as_they_were_prepared(begun):
+    workdir, experiment = begun
+    sources = {"a": Dialogues("old/*.jsonl"), "b": Dialogues("b.jsonl", validation_path="c.jsonl")}
+    experiment = experiment.with_stage("sft", data=Mixture(sources))
+    (workdir / "config.json").write_text(to_json(experiment))
+    moved = apply_overrides(experiment, [("sft.data.sources.a.path", "new/*.jsonl"),
+                                         ("sft.data.sources.b.validation_path", "d.jsonl")])  # fmt: skip
+    pipeline.check(moved, str(workdir))
+    assert len(workdir_module.config_changes(moved, str(workdir))) == 2
+    assert workdir_module.with_prepared_data(moved, str(workdir)) == experiment
+    for field, value in (("validation_path", "more.jsonl"), ("validation_fraction", "0.5")):  # another split
+        with pytest.raises(UserError, match="was made by another config"):
+            pipeline.check(apply_overrides(experiment, [(f"sft.data.sources.a.{field}", value)]), str(workdir))
+
+
+def test_data_of_a_stage_that_has_not_begun_are_read_where_they_are_now(begun):
+    workdir, experiment = begun
+    experiment = experiment.with_stage("reward", data=Rankings("old.jsonl"))
+    (workdir / "config.json").write_text(to_json(experiment))
+    moved = apply_overrides(experiment, [("reward.data.path", "new.jsonl")])
+    pipeline.check(moved, str(workdir))
+    assert workdir_module.with_prepared_data(moved, str(workdir)) == moved
 
 
 def test_fields_that_a_workdir_does_not_know_yet_must_have_their_defaults(tmp_path):
@@ -431,6 +522,32 @@ def test_a_signal_is_one_line_and_ends_whatever_is_at_work(name, status, words):
         [sys.executable, "-c", INTERRUPTED, name], env=environment(), capture_output=True, text=True, timeout=120
     )
     assert (done.returncode, done.stdout, done.stderr) == (status, "begun\n", words)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
+def test_a_disk_that_refuses_is_one_line(capfd, monkeypatch, number):
+    """Wherever that was not foreseen."""
+    monkeypatch.setattr(base, "_drop_output", lambda: None)  # else nothing of this process would be seen any more
+
+    def broken(argv):
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    with pytest.raises(SystemExit) as ended:
+        base.call(broken, ["llmjax"])
+    assert ended.value.code == 2
+    assert capfd.readouterr().err == (
+        f"llmjax: /some/file: {os.strerror(number)}; see that there is room and that it may be written, and the same command "
+        "goes on\n"
+    )
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no device that is always full")
+def test_a_full_disk_behind_the_output_is_one_line():
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "llmjax", QUICKSTART, "--print_config"]
+        done = subprocess.run(command, env=environment(), stdout=full, stderr=subprocess.PIPE, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr.startswith("llmjax: No space left on device; see that there is room")
+    assert done.stderr.count("\n") == 1
 
 
 def test_bugs_keep_their_traceback():

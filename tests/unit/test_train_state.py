@@ -17,7 +17,7 @@ from llmjax.models.spec import ParamSpec, param
 from llmjax.models.transformer import transformer_spec
 from llmjax.objectives.lm import lm_loss
 from llmjax.sharding import MeshConfig
-from llmjax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer
+from llmjax.training.optimizer import OptimizerConfig, learning_rate_schedule, make_optimizer, short_of_peak
 from llmjax.training.program import train_program
 from llmjax.training.rng import fold_purpose, key_for
 from llmjax.training.state import abstract_state, init_state, make_train_step
@@ -94,16 +94,55 @@ def test_weight_decay_is_on_matrices_only():
     assert np.all(updates["scale"] == 0) and np.all(updates["bias"] == 0)
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
+SCHEDULES = ["cosine", "linear", "constant"]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_learning_rate(schedule):
+    """By hand: from 0 in a straight line to the peak, then from the peak down."""
     cfg = OptimizerConfig(learning_rate=2.0, warmup_steps=10, schedule=schedule, final_fraction=0.1)
     rate = learning_rate_schedule(cfg, 110)
-    np.testing.assert_allclose(rate(0), 0.2, rtol=1e-5)  # the first step already moves
-    np.testing.assert_allclose(rate(10), 2.0, rtol=1e-6)
-    assert all(rate(i) < rate(i + 1) for i in range(9))
+    np.testing.assert_allclose([rate(i) for i in range(11)], np.arange(11) / 5, rtol=1e-6)
     np.testing.assert_allclose(rate(60), {"cosine": 1.1, "linear": 1.1, "constant": 2.0}[schedule], rtol=1e-5)
     np.testing.assert_allclose(rate(110), 2.0 if schedule == "constant" else 0.2, rtol=1e-5)
-    assert learning_rate_schedule(OptimizerConfig(warmup_steps=50), 2)(1) > 0  # a warm-up longer than the training
+    assert float(learning_rate_schedule(dataclasses.replace(cfg, warmup_steps=0), 110)(0)) == 2.0
+
+
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 12), (1, 12), (3, 12), (11, 12)])
+def test_learning_rates_are_those_of_optax(warmup, steps):
+    cfg = OptimizerConfig(learning_rate=3e-3, warmup_steps=warmup, final_fraction=0.2)
+    rate = learning_rate_schedule(cfg, steps)
+    ours = optax.warmup_cosine_decay_schedule(0.0, 3e-3, warmup, steps, 0.2 * 3e-3)
+    np.testing.assert_allclose([rate(i) for i in range(steps + 3)], [ours(i) for i in range(steps + 3)], rtol=1e-5)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 12), (1, 12), (3, 12), (12, 12), (20, 12)])
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_learning_rates_are_those_of_transformers(schedule, warmup, steps):
+    torch = pytest.importorskip("torch")
+    optimization = pytest.importorskip("transformers.optimization")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = {
+        "cosine": lambda: optimization.get_cosine_schedule_with_warmup(optimizer, warmup, steps),
+        "linear": lambda: optimization.get_linear_schedule_with_warmup(optimizer, warmup, steps),
+        "constant": lambda: optimization.get_constant_schedule_with_warmup(optimizer, warmup),
+    }[schedule]().lr_lambdas[0]
+    cfg = OptimizerConfig(learning_rate=1.0, warmup_steps=warmup, schedule=schedule, final_fraction=0.0)
+    rate = learning_rate_schedule(cfg, steps)
+    np.testing.assert_allclose([rate(i) for i in range(steps)], [theirs(i) for i in range(steps)], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parametrize(("warmup", "steps", "share"), [(20, 10, "45%"), (10, 10, "90%"), (100, 1, "0%")])
+def test_a_warm_up_that_does_not_end_is_said(warmup, steps, share):
+    cfg = OptimizerConfig(warmup_steps=warmup)
+    rates = [float(learning_rate_schedule(cfg, steps)(i)) for i in range(steps)]
+    np.testing.assert_allclose(rates, cfg.learning_rate * np.arange(steps) / warmup, rtol=1e-6)
+    assert short_of_peak(cfg, steps) == (
+        f"warmup_steps={warmup} for {steps} updates: the learning rate rises to {share} of its peak only; lower "
+        "optimizer.warmup_steps to reach it"
+    )
+    assert not short_of_peak(cfg, warmup + 1) and not short_of_peak(OptimizerConfig(warmup_steps=0), 1)
 
 
 @pytest.mark.parametrize("clip", [0.0, 1.0])
