@@ -114,9 +114,10 @@ def report(scores: Mapping[str, Reward], answers: Answers) -> list[Metric]:
     pairs = list(zip(answers.prompts, answers.completions, strict=True))
     groups = [prompt.group for prompt in answers.prompts]
     found = [mean_metric(name, [score(*pair) for pair in pairs], groups, words(name)) for name, score in scores.items()]
+    if answers.kl is not None:
+        found.append(mean_metric("kl", answers.kl, groups, "KL from the start", "nats per answer"))
     return [
         *found,
-        mean_metric("kl", answers.kl, groups, "KL from the start", "nats per answer"),
         mean_metric("ended", [completion.ended for completion in answers.completions], groups, "Ends itself"),
         mean_metric("length", [len(completion.tokens) for completion in answers.completions], groups, "Length", "tokens"),
     ]

@@ -38,7 +38,7 @@ def edit_accuracy(
     sign = np.sign(scores_NK[row, new] - scores_NK[row, old])
     alike = 0.5 + 0.5 * sign * np.sign(rewards_NK[row, new] - rewards_NK[row, old])
     counted = np.isfinite(sign) & (sign != 0)
-    return clustered_ratio(np.where(counted, alike, 0.0), counted, [groups[i] for i in row])
+    return clustered_ratio(np.where(counted, alike, 0.0), counted, [groups[int(i)] for i in row])
 
 
 def _pairs(scores_NK: np.ndarray, ranks_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -106,9 +106,9 @@ class RankedAnswers(Data):
         self, context: Context, name: str, asked: Sequence[Prompt], tokens: Sequence[Sequence[int]]
     ) -> list[Ranking]:
         written = self.k - self.edits
-        prompts, ids = ([item for item in items for _ in range(written)] for items in (asked, tokens))
         answers = answer_prompts(
-            context.load_lm(self.policy), prompts, ids,
+            context.load_lm(self.policy), [prompt for prompt in asked for _ in range(written)],
+            [ids for ids in tokens for _ in range(written)],
             jax.random.split(context.key("answers", name), len(asked) * written),
             cfg=context.model, sampling=self.sampling, tokenizer=context.tokenizer, stop_ids=context.tokenizer.stop_ids,
             length=self.prompt_length, batch_size=self.batch_size, mesh=context.mesh,
@@ -117,8 +117,8 @@ class RankedAnswers(Data):
         rankings = []
         for i, prompt in enumerate(asked):
             own, sources = answers.completions[i * written : (i + 1) * written], [-1] * written
-            for number in range(self.edits if self.edit is not None else 0):
-                changed = self.edit(prompt, own[number], rng)
+            for number in range(self.edits):
+                changed = None if self.edit is None else self.edit(prompt, own[number], rng)
                 if changed is not None:
                     own, sources = [*own, Completion(changed, ended=own[number].ended)], [*sources, number]
             own = tuple(own)

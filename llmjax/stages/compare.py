@@ -114,11 +114,13 @@ class Bot(Row):
     answer: Callable[[Prompt], str]
 
     def sampled(self, context: Context, asked: Asked, reference: Params, draws: int) -> Answers:
-        prompts = [prompt for prompt in asked.prompts for _ in range(draws)]
-        return Answers(prompts, [()] * len(prompts), [Completion(self.answer(prompt)) for prompt in prompts], None)
+        return self._said([prompt for prompt in asked.prompts for _ in range(draws)])
 
     def greedy(self, context: Context, asked: Asked) -> Answers | None:
-        return self.sampled(context, asked, None, 1)
+        return self._said(asked.prompts)
+
+    def _said(self, prompts: Sequence[Prompt]) -> Answers:
+        return Answers(prompts, [()] * len(prompts), [Completion(self.answer(prompt)) for prompt in prompts], None)
 
 
 @dataclass(frozen=True)
