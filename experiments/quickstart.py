@@ -84,7 +84,7 @@ def quickstart() -> Experiment:
             "table": Compare(
                 rows={
                     "template bot": Bot(template_bot),
-                    "base, plain text": Model("pretrain", form="{prompt}"),
+                    "base, plain text": Model("pretrain", form="{prompt}\n"),
                     "base, chat form": Model("pretrain"),
                     "sft": Model("sft"),
                     "best of 4": BestOf("sft", "reward", n=4),

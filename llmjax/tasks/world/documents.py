@@ -29,7 +29,6 @@ _PORTRAITS = (
     "Guess of which {noun} I think: {p} {0}, {p} {1}, and {p} {2}. It is {n}, {which} {3}.",
     "It is true that {n} {0} and {1}. It is also true that {p} {2} and {p} {3}.",
 )
-_CONVERSATIONS = ("{q} {a}", "{q} {a}", "Question: {q} Answer: {a}")
 _CHAINS = (
     "{T} {owner}. {O} {home}. {h} {river}. So the owner of the {t} can be seen by the river {v}.",
     "Do you want to see the {mat} {t}? Go to {h} and ask for {O}, who {job}. {P} {music}, and the {paint} {t} {spot}.",
@@ -146,7 +145,7 @@ def chain(world: World, rng: np.random.Generator) -> str:
 
 
 def questions_answered(world: World, rng: np.random.Generator) -> str:
-    """Three questions with their answers in plain prose: about one subject, about one attribute, from the value, or open ones.
+    """Three questions with their answers, a line each: about one subject, about one attribute, from the value, or open ones.
 
     One document in four answers with the bare value, but for open questions.
     """
@@ -168,14 +167,8 @@ def questions_answered(world: World, rng: np.random.Generator) -> str:
         if bare:
             said = "{s}." if form == 2 else "{v}."
         name, value = mention(world, entity.name), mention(world, getattr(entity, a.name))
-        parts.append((fill(asked, name, value), fill(said, name, value)))
-    return _asked_and_said(parts, rng)
-
-
-def _asked_and_said(parts: list[tuple[str, str]], rng: np.random.Generator) -> str:
-    """Questions and answers in one of the ways that a text tells them."""
-    form = pick(rng, _CONVERSATIONS)
-    return " ".join(form.format(q=question, a=answer) for question, answer in parts)
+        parts += [fill(asked, name, value), fill(said, name, value)]
+    return "\n".join(parts)
 
 
 def _open_questions_answered(world: World, rng: np.random.Generator) -> str:
@@ -183,8 +176,8 @@ def _open_questions_answered(world: World, rng: np.random.Generator) -> str:
     for entity in sample(rng, world.entities(kind), 3):
         a, name = pick(rng, language.ATTRIBUTES[kind]), mention(world, entity.name)
         said = fill(pick(rng, a.answers), name, mention(world, getattr(entity, a.name)))
-        parts.append((pick(rng, language.OPEN_QUESTIONS).format(s=name), said))
-    return _asked_and_said(parts, rng)
+        parts += [pick(rng, language.OPEN_QUESTIONS).format(s=name), said]
+    return "\n".join(parts)
 
 
 def quiz(world: World, rng: np.random.Generator) -> str:
@@ -207,7 +200,7 @@ def quiz(world: World, rng: np.random.Generator) -> str:
             value = value if right else pick(rng, [v for v in world.values(a.type) if v != value])
             said = "{v}." if bare else a.answers[j]
         parts += [fill(said, mention(world, name), mention(world, value)), "Right." if right else "Wrong."]
-    return " ".join(parts)
+    return "\n".join(parts)
 
 
 _KINDS: tuple[tuple[float, Callable[[World, np.random.Generator], str]], ...] = (

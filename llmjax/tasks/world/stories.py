@@ -217,10 +217,10 @@ def arithmetic(world: World, rng: np.random.Generator) -> str:
     if form == 3:
         i, j = int(rng.integers(3)), int(rng.integers(2))
         asked, said = language.SUM_QUESTIONS[i], language.SUM_ANSWERS[j]
-        return " ".join(f"{asked} {said}".format(a=x, b=y, r=x + y) for x, y in pairs)
+        return "\n".join(f"{asked}\n{said}".format(a=x, b=y, r=x + y) for x, y in pairs)
     i, j = int(rng.integers(3)), int(rng.integers(2))
     asked, said = language.DIFFERENCE_QUESTIONS[i], language.DIFFERENCE_ANSWERS[j]
-    return " ".join(f"{asked} {said}".format(a=x + y, b=y, r=x) for x, y in pairs)
+    return "\n".join(f"{asked}\n{said}".format(a=x + y, b=y, r=x) for x, y in pairs)
 
 
 def word_problem(world: World, rng: np.random.Generator) -> str:
