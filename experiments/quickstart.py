@@ -70,7 +70,7 @@ def quickstart() -> Experiment:
             "reward": RewardModel(
                 data=ranked_answers(num_prompts=800, num_eval_prompts=120), init="sft",
                 batch_size=12, length=PROMPT_LENGTH + ANSWERS.max_new_tokens,
-                optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
+                optimizer=OptimizerConfig(learning_rate=7e-4, warmup_steps=20),
             ),
             "ppo": RL(
                 data=WorldPrompts(), rewards={"model": ModelReward("reward")}, watch={"gold": gold, "correct": correct},
@@ -102,9 +102,9 @@ def quickstart() -> Experiment:
 
 def ranked_answers(num_prompts: int, num_eval_prompts: int) -> RankedAnswers:
     """Two answers of the SFT model to each prompt and the same two with another fact, ranked by people who see the gold score
-    through noise."""
+    through noise and call a tie what they cannot tell apart."""
     return RankedAnswers(
-        policy="sft", prompts=WorldPrompts(), ranker=RewardRanker(gold, noise=0.1), k=4, edit=other_fact, edits=2,
+        policy="sft", prompts=WorldPrompts(), ranker=RewardRanker(gold, noise=0.05, tie=0.12), k=4, edit=other_fact, edits=2,
         num_prompts=num_prompts, num_eval_prompts=num_eval_prompts, rankings_per_prompt=2,
         prompt_length=PROMPT_LENGTH, sampling=ANSWERS,
     )  # fmt: skip

@@ -51,27 +51,29 @@ class Ranker:
 class RewardRanker(Ranker):
     """Ranks by a reward, as a person would who sees it through noise.
 
-    reward: any. noise: standard deviation of the error on it, drawn once for equal answers, which tie.
+    reward: any. noise: standard deviation of the error on it, drawn once for equal answers, which tie. tie: answers that seem no
+    further apart than this are not told apart.
     """
 
     reward: Reward
     noise: NonNegativeFloat = 0.0
+    tie: NonNegativeFloat = 0.0
 
     def rank(self, prompt: Prompt, completions: Sequence[Completion], rng: np.random.Generator) -> Sequence[int]:
         keys = [(completion.text, completion.ended) for completion in completions]
-        return noisy_ranks(self.scores(prompt, completions), rng, self.noise, keys)
+        return noisy_ranks(self.scores(prompt, completions), rng, self.noise, keys, self.tie)
 
     def scores(self, prompt: Prompt, completions: Sequence[Completion]) -> Sequence[float]:
         return score(self.reward, [prompt] * len(completions), completions, "of the ranker").tolist()
 
 
 def noisy_ranks(
-    scores: Sequence[float], rng: np.random.Generator, noise: float, keys: Sequence[Hashable] | None = None
+    scores: Sequence[float], rng: np.random.Generator, noise: float, keys: Sequence[Hashable] | None = None, tie: float = 0.0
 ) -> list[int]:
     """Ranks (0 = best) of K answers as a person gives them: by score plus Gaussian noise of deviation `noise`.
 
-    Answers with equal `keys` (their texts) get one draw of noise and so tie; a rank is the number of answers strictly
-    better. Raises UserError for negative noise or another number of keys.
+    Answers with equal `keys` (their texts) get one draw of noise and so tie; a rank is the number of answers that seem better by
+    more than `tie`. Raises UserError for negative noise or another number of keys.
     """
     if noise < 0:
         raise UserError(f"noise={noise}: a standard deviation is 0 or more; choose one such as 0.1")
@@ -83,4 +85,4 @@ def noisy_ranks(
         if key not in seen:
             seen[key] = float(value) + noise * float(rng.standard_normal())
     perceived = [seen[key] for key in keys]
-    return [sum(other > mine for other in perceived) for mine in perceived]
+    return [sum(other > mine + tie for other in perceived) for mine in perceived]

@@ -314,6 +314,15 @@ def test_identical_answers_tie_under_noise_and_others_do_not():
         noisy_ranks([1.0, 2.0], rng, 0.1, keys=["a"])
 
 
+def test_what_seems_no_further_apart_than_the_tie_is_one_rank():
+    rng = np.random.default_rng(0)
+    assert noisy_ranks([0.1, 0.15, 0.6, 1.0], rng, 0.0, tie=0.1) == [2, 2, 1, 0]
+    assert noisy_ranks([0.5, 0.5, 0.5], rng, 0.01, tie=0.2) == [0, 0, 0]
+    ranker = RewardRanker(gold.gold, tie=0.3)
+    answers = [Completion(f"{PERSON.home}."), Completion(f"Sure! {LIVES}"), Completion("")]
+    assert ranker.rank(prompt_of(HOME), answers, rng) == [0, 0, 2]
+
+
 def test_noise_is_gaussian():
     """Two answers d apart, noise s: the order survives with probability Phi(d / (s sqrt 2)), here Phi(1) = 0.8413."""
     rng = np.random.default_rng(0)
