@@ -51,8 +51,8 @@ class Ranker:
 class RewardRanker(Ranker):
     """Ranks by a reward, as a person would who sees it through noise.
 
-    reward: any. noise: standard deviation of the error on it, drawn once for equal answers, which tie. tie: answers that seem no
-    further apart than this are not told apart.
+    reward: any. noise: standard deviation of the error on it, drawn once for equal answers, which tie. tie: answers that seem
+    no further apart than this are not told apart.
     """
 
     reward: Reward
@@ -72,8 +72,8 @@ def noisy_ranks(
 ) -> list[int]:
     """Ranks (0 = best) of K answers as a person gives them: by score plus Gaussian noise of deviation `noise`.
 
-    Answers with equal `keys` (their texts) get one draw of noise and so tie; a rank is the number of answers that seem better by
-    more than `tie`. Raises UserError for negative noise or another number of keys.
+    Answers with equal `keys` (their texts) get one draw of noise and so tie; a rank is the number of answers that seem better
+    by more than `tie`. Raises UserError for negative noise or another number of keys.
     """
     if noise < 0:
         raise UserError(f"noise={noise}: a standard deviation is 0 or more; choose one such as 0.1")
