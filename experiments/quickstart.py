@@ -31,7 +31,7 @@ from llmjax.tasks.world.judge import correct, gold, instruction_following, other
 from llmjax.training.optimizer import OptimizerConfig
 
 PROMPT_LENGTH = 22  # tokens of the longest question
-ANSWERS = SamplingConfig(max_new_tokens=24, temperature=0.7)
+ANSWERS = SamplingConfig(max_new_tokens=24)
 
 
 Variant = Literal["dense", "moe", "full", "full_moe", "test", "test_moe"]
@@ -69,16 +69,16 @@ def quickstart() -> Experiment:
             ),
             "reward": RewardModel(
                 data=ranked_answers(num_prompts=800, num_eval_prompts=120), init="sft",
-                batch_size=12, length=PROMPT_LENGTH + ANSWERS.max_new_tokens,
+                batch_size=8, length=PROMPT_LENGTH + ANSWERS.max_new_tokens,
                 optimizer=OptimizerConfig(learning_rate=7e-4, warmup_steps=20),
             ),
             "ppo": RL(
                 data=WorldPrompts(), rewards={"model": ModelReward("reward")}, watch={"gold": gold, "correct": correct},
                 policy="sft", critic="reward", algorithm=PPO(kl_coef=0.2, value_clip=10.0),
-                steps=20, critic_warmup=3, critic_rate=10.0, batch_size=256, epochs=1, minibatches=4, missing_end_penalty=1.0,
+                steps=20, critic_warmup=3, critic_rate=10.0, batch_size=192, epochs=1, minibatches=4, missing_end_penalty=1.0,
                 temperature=ANSWERS.temperature, prompt_length=PROMPT_LENGTH, max_new_tokens=ANSWERS.max_new_tokens,
                 optimizer=OptimizerConfig(
-                    learning_rate=1e-4, warmup_steps=5, schedule="constant", weight_decay=0.0, eps=1e-5
+                    learning_rate=2e-4, warmup_steps=0, schedule="constant", weight_decay=0.0, eps=1e-5
                 ),
             ),
             "table": Compare(
@@ -106,7 +106,7 @@ def ranked_answers(num_prompts: int, num_eval_prompts: int) -> RankedAnswers:
     return RankedAnswers(
         policy="sft", prompts=WorldPrompts(), ranker=RewardRanker(gold, noise=0.05, tie=0.12), k=4, edit=other_fact, edits=2,
         num_prompts=num_prompts, num_eval_prompts=num_eval_prompts, rankings_per_prompt=2,
-        prompt_length=PROMPT_LENGTH, sampling=ANSWERS,
+        prompt_length=PROMPT_LENGTH, sampling=replace(ANSWERS, temperature=0.7),  # mostly answers that are worth ranking
     )  # fmt: skip
 
 
