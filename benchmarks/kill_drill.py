@@ -142,7 +142,10 @@ def main() -> None:
             runs += 1
             workdir, signals, where = folder / f"run-{runs}", 0, ""
             while where != "complete":
+                began = time.monotonic()
                 status, where, stderr = told_to_end(workdir, folder / "cache", rng.uniform(0, seconds / 2))
+                if where == "complete" and not signals:  # it was quicker: on a machine that is less busy now
+                    seconds = min(seconds, time.monotonic() - began)
                 hits[where], signals = hits[where] + 1, signals + (where != "complete")
                 if where != "complete" and status != os.EX_TEMPFAIL:
                     faults.append(f"run {runs}, signal {signals} ({where}): exit status {status}\n{stderr[-2000:]}")
