@@ -4,7 +4,7 @@
     python benchmarks/quickstart_table.py --workdir=runs/table --check        exit status 1 if a claim is missed
     python benchmarks/quickstart_table.py --workdir=runs/table --markdown     the table of README.md
 
-Runs are experiments/quickstart.py:full and :full_moe, one after another, up to 20 minutes each, resumed where they were cut off.
+Runs are experiments/quickstart.py:full and :full_moe, one after another, up to 20 minutes each; one that was cut off goes on.
 Figures are means over seeds. The questions are the same for all seeds, so the error of a mean over seeds is not taken to be
 smaller than that of one run.
 """
