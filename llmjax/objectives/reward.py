@@ -19,7 +19,7 @@ def pairwise_ranking_loss(rewards_BK: Float[Array, "B K"], ranks_BK: Int[Array, 
     Ouyang et al. 2022, arXiv:2203.02155, eq. 1, whose C(K, 2) pairs are all strict. ranks: 0 is best, equal ranks are ties, -1
     is an answer that is not there; ties and absent answers are in neither the sum nor the count, so that equal rewards cost
     ln 2 whatever the ranks. A prompt without a ranked pair says nothing. Also returns the accuracy: the share of strictly
-    ranked pairs that the rewards order the same way, equal rewards counting half.
+    ranked pairs that the rewards order the same way, equal rewards counting half; NaN where no pair is ranked.
     """
     margin = rewards_BK[:, :, None] - rewards_BK[:, None, :]
     here = (ranks_BK >= 0)[:, :, None] & (ranks_BK >= 0)[:, None, :]
@@ -27,7 +27,8 @@ def pairwise_ranking_loss(rewards_BK: Float[Array, "B K"], ranks_BK: Int[Array, 
     pairs = jnp.sum(better, axis=(1, 2))
     loss = -jnp.sum(better * jax.nn.log_sigmoid(margin), axis=(1, 2)) / jnp.maximum(pairs, 1.0)
     right = jnp.sum(better * (0.5 * (jnp.sign(margin) + 1.0)))
-    return jnp.sum(loss) / jnp.maximum(jnp.sum(pairs > 0), 1), right / jnp.maximum(jnp.sum(pairs), 1.0)
+    accuracy = jnp.where(jnp.sum(pairs) > 0, right / jnp.maximum(jnp.sum(pairs), 1.0), jnp.nan)
+    return jnp.sum(loss) / jnp.maximum(jnp.sum(pairs > 0), 1), accuracy
 
 
 def reward_loss(params: ScalarModel, batch: dict[str, Array], key, cfg: ModelConfig) -> tuple[Array, dict[str, Array]]:

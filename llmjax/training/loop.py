@@ -157,6 +157,7 @@ class _Reporter:
                 f"{self._loop.stage}: the {bad[0]} is {values[bad[0]]} at step {step}; start in another --workdir with a lower "
                 f"--config.{self._loop.stage}.optimizer.learning_rate"
             )
+        values = {name: value for name, value in values.items() if not np.isnan(value)}  # not defined for this batch
         values |= self._throughput()
         values |= {f"epoch/{name}".rstrip("/"): step * share for name, share in self._loop.passes.items()}
         if self._loop.evaluates(step) and (peak := peak_memory()):

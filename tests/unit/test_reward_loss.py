@@ -83,7 +83,8 @@ def test_ties_say_nothing():
     assert accuracy == 0.5  # one of the two ranked pairs is right
     grad = jax.grad(lambda r: pairwise_ranking_loss(r, jnp.zeros((1, 3), jnp.int32))[0])(rewards)
     assert np.all(grad == 0)
-    assert pairwise_ranking_loss(rewards, np.zeros((1, 3), np.int32))[0] == 0
+    loss, accuracy = pairwise_ranking_loss(rewards, np.zeros((1, 3), np.int32))
+    assert loss == 0 and np.isnan(accuracy)  # nothing was ranked: neither right nor wrong
 
 
 def test_rankings_of_different_sizes_share_a_batch():
