@@ -64,7 +64,7 @@ def quickstart() -> Experiment:
             ),
             "sft": SFT(
                 data=WorldDialogues(), init="pretrain", text=WorldText(), text_fraction=0.3,
-                steps=600, batch_size=8, length=128, eval_every=300,
+                steps=700, batch_size=8, length=128, eval_every=350,
                 optimizer=OptimizerConfig(learning_rate=1e-3, warmup_steps=20),
             ),
             "reward": RewardModel(
@@ -75,7 +75,7 @@ def quickstart() -> Experiment:
             "ppo": RL(
                 data=WorldPrompts(), rewards={"model": ModelReward("reward")}, watch={"gold": gold, "correct": correct},
                 policy="sft", critic="reward", algorithm=PPO(kl_coef=0.2, value_clip=10.0),
-                steps=20, critic_warmup=3, critic_rate=10.0, batch_size=192, epochs=1, minibatches=4, missing_end_penalty=1.0,
+                steps=20, critic_warmup=3, critic_rate=5.0, batch_size=192, epochs=1, minibatches=4, missing_end_penalty=1.0,
                 temperature=ANSWERS.temperature, prompt_length=PROMPT_LENGTH, max_new_tokens=ANSWERS.max_new_tokens,
                 optimizer=OptimizerConfig(
                     learning_rate=2e-4, warmup_steps=0, schedule="constant", weight_decay=0.0, eps=1e-5

@@ -101,6 +101,17 @@ def test_a_run_that_was_cut_off_ends_bit_for_bit_like_one_that_was_not(real, tmp
     assert [row["step"] for row in rows_of(cut)] == list(range(1, NUM_STEPS + 1))
 
 
+def test_a_metric_that_a_step_does_not_define_is_left_out_of_its_row(real, tmp_path):
+    start, abstract, step_fn, make = real
+
+    def sometimes(state, *args):
+        state, metrics = step_fn(state, *args)
+        return state, metrics | {"accuracy": jnp.nan if int(state.step) == 2 else 0.5}
+
+    run(str(tmp_path), start, abstract, sometimes, batches(make), checkpoint_seconds=1e9)
+    assert [row.get("accuracy") for row in rows_of(tmp_path)][:3] == [0.5, None, 0.5]
+
+
 @pytest.fixture(name="heard")
 def make_heard():
     """Signals as in a program at a terminal: what started the tests may have had them ignored."""
