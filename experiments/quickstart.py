@@ -2,13 +2,11 @@
 
     llmjax --config=experiments/quickstart.py --workdir=runs/quickstart          (dense)
     llmjax --config=experiments/quickstart.py:moe --workdir=runs/quickstart-moe  (8 experts, top-2, same active parameters)
+    llmjax --config=experiments/quickstart.py:full --workdir=runs/full           (the whole table; :full_moe: sparse)
     llmjax --config=experiments/quickstart.py:test --workdir=runs/test           (seconds; what the tests run)
+    python benchmarks/quickstart_table.py --workdir=runs/table --check           (all claims, three seeds, dense and sparse)
 
-Expected with --config.seed=0, 1, 2: held-out bits per byte about half of the 5-gram model's; instruction following from 0 %
-to 86-90 % by SFT; the reward model at 0.92-0.94 of the accuracy that the noise in the rankings allows; gold score from
-0.58-0.60 (SFT) to 0.73-0.77 (PPO), standard error 0.016, at a KL of 2.5-3.4 nats an answer. PPO learns style (polite,
-complete, to the point) more than facts. Hardware: 2 CPU cores, 4.2 minutes dense and 5.5 minutes sparse; on
-slow ones (10 to 13 k tokens/s in pre-training) 8.6 dense.
+DOC
 """
 
 from dataclasses import replace
