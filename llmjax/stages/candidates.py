@@ -143,6 +143,6 @@ def _to_json(ranking: Ranking) -> dict[str, Any]:
 def _from_json(row: dict[str, Any]) -> Ranking:
     messages = tuple(Message(m.pop("role"), m.pop("content"), m) for m in row["prompt"])
     completions = tuple(Completion(a["text"], tuple(a["tokens"]), ended=a["ended"]) for a in row["answers"])
-    ranks, scores, edited = (tuple(row[name]) for name in ("ranks", "scores", "edited_from"))
-    prompt = Prompt(row["id"], messages, row["fields"], tuple(row["tools"]))
+    ranks, scores, edited = (tuple(row.get(name, ())) for name in ("ranks", "scores", "edited_from"))
+    prompt = Prompt(row["id"], messages, row["fields"], tuple(row.get("tools", ())))
     return Ranking(prompt, completions, ranks, scores, edited)

@@ -77,7 +77,7 @@ def variant(kind: str) -> tuple[Experiment, str]:
     if arg == "lora":
         experiment = experiment.with_stage("sft", lora=LoRAConfig(rank=2))
     if arg == "grpo":
-        experiment = experiment.with_stage("ppo", algorithm=GRPO(group_size=4), critic="")
+        experiment = experiment.with_stage("ppo", algorithm=GRPO(group_size=4), critic="", critic_warmup=0)
     return experiment, stage
 
 

@@ -72,7 +72,7 @@ def test_the_report_is_written_while_a_run_goes_on(tmp_path, text, monkeypatch, 
     monkeypatch.setattr(pipeline, "REPORT_SHARE", 1e9)
     SEEN.clear()
     experiment = experiment_of(first=Reads(text), second=Reads(text))
-    pipeline.run_experiment(experiment, str(tmp_path / "run"), "llmjax", Start("today", "llmjax --config=x.py"))
+    pipeline.run_experiment(experiment, str(tmp_path / "run"), "llmjax", start=Start("today", "llmjax --config=x.py"))
     assert SEEN["first begins"] == "" and "Reading ✓" in SEEN["second begins"] and "Still going on" in SEEN["second begins"]
     assert ("first after step 3" in SEEN["first pauses"]) == ("second after step 3" in SEEN["second pauses"]) == (seconds == 0)
     page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
@@ -87,7 +87,7 @@ def test_the_report_is_written_while_a_run_goes_on(tmp_path, text, monkeypatch, 
     assert source.tokens == source.num_bytes + source.records  # each begins with a token of its own
     assert 0 < source.num_bytes < letters
     before = (tmp_path / "run" / "run.json").read_bytes()
-    pipeline.run_experiment(experiment, str(tmp_path / "run"), "llmjax", Start("tomorrow"))
+    pipeline.run_experiment(experiment, str(tmp_path / "run"), "llmjax", start=Start("tomorrow"))
     assert (tmp_path / "run" / "run.json").read_bytes() == before  # nothing was run
 
 

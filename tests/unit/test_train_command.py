@@ -367,7 +367,7 @@ def test_changes_are_written_down(begun):
     changes = read.read_run(workdir).changes
     assert changes[0] == ("sft", 3, "sft.steps: 4 -> 9") and len(changes) == 3
     page = render.write_report(workdir, "x").read_text()
-    assert "changed since it began" in page and "after step 3 of sft: sft.steps: 4 -&gt; 9" in page
+    assert "Config changed since the run began" in page and "after step 3 of sft: sft.steps: 4 -&gt; 9" in page
 
 
 def test_data_that_were_moved_are_gone_on_with_as_they_were_prepared(begun):
@@ -458,13 +458,16 @@ def test_print_config(capsys, workdir):
     overrides = [("ppo.algorithm.kl_coef", "0.123"), ("sft.steps", "3")]
     assert printed == to_json(apply_overrides(load_experiment(f"{EXPERIMENTS}/quickstart.py:moe"), overrides))
     config = json.loads(printed)
-    assert list(config["stages"]) == ["pretrain", "sft", "reward", "ppo"] and config["stages"]["sft"]["steps"] == 3
+    assert list(config["stages"]) == ["pretrain", "sft", "reward", "ppo", "table"] and config["stages"]["sft"]["steps"] == 3
     assert config["stages"]["ppo"]["algorithm"]["kl_coef"] == 0.123 and config["model"]["moe"]["num_experts"] == 8
 
 
 def test_a_stage_is_taken_out_by_none(capsys):
-    stages = json.loads(output_of(capsys, QUICKSTART, "--print_config", "--config.ppo=none"))["stages"]
+    flags = ["--config.ppo=none", "--config.table=none"]
+    stages = json.loads(output_of(capsys, QUICKSTART, "--print_config", *flags))["stages"]
     assert list(stages) == ["pretrain", "sft", "reward"]
+    with pytest.raises(UserError, match="table.rows='ppo' is not an earlier stage of this experiment"):
+        train.run(["llmjax", QUICKSTART, "--print_config", flags[0]])
 
 
 def test_overrides_of_a_study(capsys):
