@@ -18,7 +18,7 @@ from llmjax.evals.statistics import clustered_mean, clustered_ratio
 from llmjax.models.transformer import Params
 from llmjax.results import Metric, Table
 from llmjax.stages.answers import Asked
-from llmjax.stages.base import Context, Input, Result, Stage, check_decodes
+from llmjax.stages.base import Context, Input, Preview, Result, Stage, check_decodes
 from llmjax.stages.reward import ModelReward
 from llmjax.tasks.base import score
 from llmjax.units import words
@@ -179,6 +179,11 @@ class Compare(Stage):
 
     def prepare(self, context: Context) -> None:
         self._asked(context)
+
+    def preview(self, context: Context) -> Preview:
+        prompts = self._asked(context).prompts
+        things = len({prompt.group for prompt in prompts})
+        return Preview((), [f"{len(prompts):,} held-out prompts that ask for {things:,} things, to {', '.join(self.rows)}"])
 
     def _asked(self, context: Context) -> Asked:
         prompts = context.experiment.evaluation.prompts

@@ -88,6 +88,7 @@ def test_every_stage_of_the_quickstart(capsys, tmp_path):
     assert len(texts) == 2
     assert "RankedAnswers: the answers are written when sft is complete" in shown["reward"]
     assert "926 prompts to train on; fields that a reward sees: kind, subject, answers" in shown["ppo"]
+    assert "16 held-out prompts that ask for" in shown["table"] and "to template bot, base, plain text" in shown["table"]
     prompts = re.findall(r"  prompt .*, 0 of \d+ tokens carry loss\n    (<\|endoftext\|>·<\|user\|>·.*)", shown["ppo"])
     assert len(prompts) == 3 and all(text.endswith("·<|end|>·<|assistant|>") and "[[" not in text for text in prompts)
 
