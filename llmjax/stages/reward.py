@@ -187,7 +187,7 @@ def agreement(context: Context, params: ScalarModel, rows: RankingRows, prefix: 
         baseline = (f"noise ceiling{which}", ceiling)
         more = [
             Metric(f"{prefix}noise_ceiling", ceiling, f"Noise ceiling{which}", "%"),
-            Metric(f"{prefix}accuracy_of_possible", (accuracy - 0.5) / (ceiling - 0.5), f"From chance to ceiling{which}", "%"),
+            Metric(f"{prefix}accuracy_of_possible", _way_up(accuracy, ceiling), f"From chance to ceiling{which}", "%"),
             *as_metrics({f"{prefix}gold_accuracy": pair_accuracy(rewards, -rows.scores)}),
         ]
         edited, edited_error = edit_accuracy(rewards, rows.scores, rows.edited_from, rows.groups)
@@ -198,6 +198,11 @@ def agreement(context: Context, params: ScalarModel, rows: RankingRows, prefix: 
     label = f"Held-out accuracy{which}"
     named = Metric(f"{prefix}accuracy", accuracy, label, "% of pairs", error_or_none, baseline, headline=not prefix)
     return [metric for metric in (*metrics, named, *more) if math.isfinite(metric.value)]
+
+
+def _way_up(accuracy: float, ceiling: float) -> float:
+    """How far from chance to the ceiling an accuracy is; NaN where the ceiling is chance."""
+    return (accuracy - 0.5) / (ceiling - 0.5) if ceiling > 0.5 else math.nan
 
 
 def score_all(context: Context, params: ScalarModel, rows: RankingRows, chosen: np.ndarray | None = None) -> np.ndarray:

@@ -21,7 +21,7 @@ METRICS = {
     "pretrain": {"loss", "perplexity", "bits_per_byte", "ngram5_bits_per_byte", "num_params", "num_active_params",
                  "train_flops_per_token", "train_flops"},
     "sft": {"loss", "instruction_following", "gold", "correct", "kl", "ended", "length"},
-    "reward": {"accuracy", "noise_ceiling", "accuracy_of_possible", "edit_accuracy", "loss", "new_prompts_accuracy"},
+    "reward": {"accuracy", "noise_ceiling", "loss", "new_prompts_accuracy"},
     "ppo": {"gold", "correct", "instruction_following", "kl", "ended", "length"},
 }  # fmt: skip
 

@@ -11,6 +11,7 @@ import tiny
 
 from llmjax.generation.score import reward_of
 from llmjax.objectives.reward import pairwise_ranking_loss, reward_loss
+from llmjax.stages.reward import _way_up
 
 both = pytest.mark.parametrize("name", tiny.crossed([("dense",)], tiny.MODELS))
 
@@ -147,3 +148,8 @@ def test_the_loss_of_a_batch_is_that_of_its_rewards(name):
     np.testing.assert_allclose(metrics["reward_mean"], rewards.mean(), atol=1e-6)
     np.testing.assert_allclose(metrics["reward_std"], rewards.std(), rtol=1e-5)
     assert (loss == metrics["loss"]) if cfg.moe is None else (loss > metrics["loss"])
+
+
+def test_the_way_from_chance_to_the_ceiling():
+    assert (_way_up(0.5, 0.9), _way_up(0.9, 0.9), _way_up(0.6, 0.9)) == (0, 1, pytest.approx(0.25))
+    assert math.isnan(_way_up(0.5, 0.5))
