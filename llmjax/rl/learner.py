@@ -61,7 +61,7 @@ class Learner:
     """What does not change between iterations.
 
     batch_size: answers a step. epochs, minibatches: passes over them, and parts of a pass. critic_warmup: in so many first
-    iterations all advantages are 0, so that only the critic learns; critic_rate: its learning rate, as a multiple of the
+    iterations the policy stays, so that only the critic learns; critic_rate: its learning rate, as a multiple of the
     policy's. sampling: of answers behind prompts of `prompt_length` tokens.
     """
 
@@ -164,7 +164,9 @@ class Learner:
             scores_B, measured = scores(prompts, generation)
             worth = put_batch({"scores": np.asarray(scores_B, np.float32)}, self.mesh)["scores"]
             batch, metrics = score(state.params, reference, *prompt, generation, worth)
-            if iteration < self.critic_warmup:
+            kept = None
+            if iteration < self.critic_warmup:  # nothing for the policy to learn; what its routers' losses move is put back
+                kept = jax.tree.map(jnp.copy, state.params.policy)
                 batch |= {"advantages": jnp.zeros_like(batch["advantages"])}
             updates = []
             for epoch in range(self.epochs):
@@ -172,6 +174,8 @@ class Learner:
                 for i in range(self.minibatches):
                     state, one = update(state, jax.tree.map(lambda x, i=i: x[i], shuffled), key)
                     updates.append(one)
+            if kept is not None:
+                state = replace(state, params=replace(state.params, policy=kept))
             state = replace(state, step=jax.device_put(jnp.int32(iteration + 1), step_place))
             means = {name: np.mean([np.asarray(m[name]) for m in updates], axis=0) for name in updates[0]}
             if "ratio_max" in means:

@@ -57,7 +57,7 @@ def test_dense_beside_sparse(tmp_path):
     [
         ("--config.reward.data.num_prompts=5000", r"reward.data.num_prompts \+ num_eval_prompts=5008: there are 1646 train"),
         ("--config.reward.data.num_eval_prompts=500", "reward.data.num_eval_prompts=500: there are 298 validation prompts"),
-        ("--config.ppo.prompt_length=3", r"ppo: none of 1,646 train prompts fits prompt_length=3; 99 % of them fit \d+$"),
+        ("--config.ppo.prompt_length=3", r"ppo: none of 926 train prompts fits prompt_length=3; 99 % of them fit \d+$"),
     ],
 )
 def test_prompts_that_are_too_few_or_too_long_are_refused_before_any_training(tmp_path, flag, words):

@@ -97,7 +97,7 @@ def test_everybody_side_by_side(finished, experiment):
         if "greedy_difference" in row:
             assert row["greedy_difference"] == pytest.approx(row["greedy"] - sft["greedy"])
     bot = rows["template bot"]
-    assert "kl" not in bot and "length" not in bot and bot["greedy"] == bot["correct"] > 0
+    assert "kl" not in bot and "length" not in bot and bot["greedy"] == bot["correct"] and bot["gold"] >= 0.1 - 1e-9
     after = program.result(finished.workdir, "ppo")["metrics"]
     assert rows["ppo"]["gold"] == after["gold"] and rows["ppo"]["kl"] == pytest.approx(after["kl"]), "the same keys"
     assert not (finished.workdir / "table" / "params").exists() and not (finished.workdir / "table" / "model.json").exists()

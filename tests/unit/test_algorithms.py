@@ -352,8 +352,10 @@ def test_the_first_update_is_on_policy(model, name):
         assert np.all(np.isfinite(value))
 
 
-def test_while_the_critic_warms_up_the_policy_stays():
-    cfg = dataclasses.replace(tiny.DENSE, num_layers=1)
+@pytest.mark.parametrize("model", tiny.MODELS)
+def test_while_the_critic_warms_up_the_policy_stays(model):
+    """To the bit, though routers have losses of their own."""
+    cfg = dataclasses.replace(tiny.MODELS[model], num_layers=1)
     learner = learner_of(cfg, PPO(), critic_warmup=1)
     calls = Calls(learner)
     params = tiny.actor_critic(cfg)
@@ -361,7 +363,7 @@ def test_while_the_critic_warms_up_the_policy_stays():
     first, metrics = step(calls.programs.update.init(params), prompts(cfg, 1), jax.random.key(1))
     first = jax.device_get(first)
     assert not any(moved(params.policy, first.params.policy)) and any(moved(params.critic, first.params.critic))
-    assert metrics["policy_loss"] == 0 and metrics["ratio_max"] == pytest.approx(1.0, abs=1e-6)
+    assert metrics["policy_loss"] == 0 and metrics["first_ratio_max"] == pytest.approx(1.0, abs=1e-5)
     second, _ = step(jax.device_put(first), prompts(cfg, 1), jax.random.key(2))
     assert any(moved(first.params.policy, second.params.policy))
 
