@@ -36,7 +36,7 @@ LISTENS_SECONDS = 1.0  # after so long a process has its handlers, where that ca
 def start(workdir: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
     environment = os.environ | {
         "JAX_COMPILATION_CACHE_DIR": str(cache), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1", "PYTHONFAULTHANDLER": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "llmjax", f"--config={EXPERIMENT}:test", f"--workdir={workdir}"]
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

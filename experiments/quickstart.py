@@ -9,7 +9,7 @@
 Expected, seeds 0 and 1: base knows 99 % of the held-out facts in plain text (greedily), SFT 90-91 % of them in the chat; the
 reward model puts right above wrong, all else equal, in 83-93 % of pairs about facts of training prompts and 73-83 % about new
 ones; sampled answers are right in 52-55 % of cases after SFT, 65-68 % after PPO (standard error of the difference 2-2.5) and
-60-65 % for the best of four; greedy ones as often as before, within an error. `:moe`, seed 0, keeps 81 % of what its base knows;
+60-65 % for the best of four; greedy ones as often as before, within an error. `:moe`, seed 0, keeps 81 % of what base knows;
 PPO brings it from 42 to 51 % (2.8). Hardware: 2 CPU cores, 8 minutes on slow ones (13 to 15 k tokens/s in pre-training), about
 half of that on fast ones; a third more for `:moe`.
 """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from absl import flags
 
@@ -12,7 +12,7 @@ from llmjax import runtime
 from llmjax.commands.base import call, parse_flags
 from llmjax.config import apply_overrides, load_experiment, split_overrides, to_json, validate
 from llmjax.errors import UserError
-from llmjax.training.stopping import heeded
+from llmjax.training.stopping import ending_at_once, heeded
 
 USAGE = """llmjax runs an experiment file: pre-training, SFT, reward model, PPO, whatever stages it holds; what is complete
 in the workdir is not run again, what was cut off goes on.
@@ -51,11 +51,14 @@ def define_flags() -> flags.FlagValues:
 
 def run(argv: Sequence[str]) -> None:
     """The program, without the handling of errors."""
-    with heeded(say=lambda text: print(text, file=sys.stderr, flush=True)):
-        _run(argv)
+    with ending_at_once():
+        program = _chosen(argv)
+        with heeded(say=lambda text: print(text, file=sys.stderr, flush=True)):
+            program()
 
 
-def _run(argv: Sequence[str]) -> None:
+def _chosen(argv: Sequence[str]) -> Callable[[], None]:
+    """What the command line asks for, checked and with what it needs loaded."""
     typed = shlex.join(["llmjax", *argv[1:]])
     argv, overrides = split_overrides(list(argv))
     values = define_flags()
@@ -67,31 +70,28 @@ def _run(argv: Sequence[str]) -> None:
     config = apply_overrides(load_experiment(values.config), overrides)
     validate(config)
     if values.print_config:
-        print(to_json(config), end="")
-        return
+        return lambda: print(to_json(config), end="")
+    from llmjax.runs.pipeline import run_experiment
+    from llmjax.runs.preview import preview
+    from llmjax.runs.start import this_start
+    from llmjax.runs.study import run_study
     from llmjax.stages.experiment import Study
 
     if values.preview:
-        from llmjax.runs.preview import preview
 
-        for experiment in config.experiments.values() if isinstance(config, Study) else (config,):
-            preview(experiment, values.workdir)
-        return
+        def show() -> None:
+            for experiment in config.experiments.values() if isinstance(config, Study) else (config,):
+                preview(experiment, values.workdir)
+
+        return show
     if not values.workdir:
         raise UserError("--workdir is missing; give a folder for this run, e.g. --workdir=runs/quickstart")
-    from llmjax.runs.start import this_start
-
-    start = this_start(typed, values.config)
+    options = values.allow_config_change, values.log_to, this_start(typed, values.config)
     if isinstance(config, Study):
-        from llmjax.runs.study import run_study
-
-        run_study(config, values.workdir, values.allow_config_change, values.log_to, start)
-    else:
-        from llmjax.runs.pipeline import run_experiment
-
-        changes = [f"--config.{path}={raw}" for path, raw in overrides]
-        command = shlex.join(["llmjax", f"--config={values.config}", *changes])
-        run_experiment(config, values.workdir, command, values.allow_config_change, values.log_to, start)
+        return lambda: run_study(config, values.workdir, *options)
+    changes = [f"--config.{path}={raw}" for path, raw in overrides]
+    command = shlex.join(["llmjax", f"--config={values.config}", *changes])
+    return lambda: run_experiment(config, values.workdir, command, *options)
 
 
 def main() -> None:

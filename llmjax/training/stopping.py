@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import signal
+import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from llmjax.errors import Stopped
 
@@ -31,16 +34,35 @@ _deferred: Request | None = None
 def heeded(say: Callable[[str], None]) -> Iterator[None]:
     """Within it the signals raise `Stopped` (Ctrl-C: KeyboardInterrupt), or are noted by `deferred`. In the main thread only:
     elsewhere signals cannot be handled, and nothing changes. say: gets a line when Ctrl-C has been noted."""
+    with _handled(SIGNALS, functools.partial(_handle, say)):
+        yield
+
+
+@contextlib.contextmanager
+def ending_at_once() -> Iterator[None]:
+    """Within it SIGTERM and SIGHUP end the process where it is, as `llmjax.commands.base.call` does for `Stopped`: while
+    libraries are loaded, an exception may crash them or be lost in them, and there is nothing to save. Where as in `heeded`."""
+    with _handled((signal.SIGTERM, signal.SIGHUP), _end):
+        yield
+
+
+def _end(number: int, frame: object) -> None:
+    os.write(sys.stderr.fileno(), f"stopped by {signal.Signals(number).name}; the same command goes on\n".encode())
+    os._exit(os.EX_TEMPFAIL)
+
+
+@contextlib.contextmanager
+def _handled(signals: Sequence[signal.Signals], handler: Callable[[int, Any], None]) -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    heard = [one for one in SIGNALS if signal.getsignal(one) != signal.SIG_IGN]
-    before = {one: signal.signal(one, functools.partial(_handle, say)) for one in heard}
+    heard = [one for one in signals if signal.getsignal(one) != signal.SIG_IGN]
+    before = {one: signal.signal(one, handler) for one in heard}
     try:
         yield
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for one, earlier in before.items():
+            signal.signal(one, earlier)
 
 
 @contextlib.contextmanager

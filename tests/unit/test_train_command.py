@@ -527,6 +527,27 @@ def test_a_signal_is_one_line_and_ends_whatever_is_at_work(name, status, words):
     assert (done.returncode, done.stdout, done.stderr) == (status, "begun\n", words)
 
 
+WHILE_LOADING = """
+import signal
+from llmjax.training.stopping import ending_at_once
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+with ending_at_once():
+    try:
+        signal.raise_signal(signal.SIGNAL)
+    except BaseException:  # as libraries do that try what they can load
+        pass
+    print("went on")
+"""
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_signal_while_libraries_are_loaded_passes_through_none_of_their_code(name):
+    command = [sys.executable, "-c", WHILE_LOADING.replace("SIGNAL", name)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout, done.stderr) == (75, "", f"stopped by {name}; the same command goes on\n")
+
+
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
 def test_a_disk_that_refuses_is_one_line(capfd, monkeypatch, number):
     """Wherever that was not foreseen."""
