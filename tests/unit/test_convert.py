@@ -158,7 +158,8 @@ def finish_stage(foreign, workdir):
     tokenizer.save(workdir / "tokenizer")
     keep_source(str(foreign), tokenizer, str(workdir / "source"))
     checkpoint.save_params(str(workdir / "sft" / "params"), load_params(str(foreign), cfg, raw["model_type"]))
-    write_model_file(str(workdir / "sft"), "language", dataclasses.replace(cfg, dtype="float32"), str(foreign))
+    cfg = dataclasses.replace(cfg, dtype="float32")
+    write_model_file(str(workdir / "sft"), "language", cfg, str(foreign), chats=True, length=0)
     write_summary(workdir / "sft", Summary("sft"))
     return workdir / "sft"
 
@@ -275,7 +276,7 @@ def test_generation_elsewhere_stops_where_a_turn_ends(tmp_path):
     ones = dataclasses.replace(params, embed=params.embed + 1, final_norm=params.final_norm + 1)
     TOKENIZER.save(tmp_path / "run" / "tokenizer")
     checkpoint.save_params(str(tmp_path / "run" / "sft" / "params"), ones.replace(head=params.head.at[end].set(1.0)))
-    write_model_file(str(tmp_path / "run" / "sft"), "language", cfg, None)
+    write_model_file(str(tmp_path / "run" / "sft"), "language", cfg, None, chats=True, length=0)
     write_summary(tmp_path / "run" / "sft", Summary("sft"))
     run(f"--source={tmp_path}/run/sft", f"--target={tmp_path}/out")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
