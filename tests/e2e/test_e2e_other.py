@@ -28,7 +28,7 @@ def test_pretraining_on_files(tmp_path, capsys, monkeypatch, tokenizer):
     assert 0 < metrics["ngram5_bits_per_byte"] < 8 and metrics["bits_per_byte"] < 12
     if tokenizer == "byte":  # a token is a byte, but for the few that end a document
         assert metrics["bits_per_byte"] == pytest.approx(metrics["loss"] / math.log(2), rel=0.02)
-        assert metrics["loss"] == pytest.approx(math.log(262), abs=0.5)
+        assert metrics["loss"] == pytest.approx(math.log(262), abs=0.8)  # hardly trained
     assert len(program.result(workdir, "pretrain")["samples"]) == 4
     printed = capsys.readouterr().out
     assert flags[0] in printed.splitlines()[-1]  # what to type next holds what was typed
@@ -55,8 +55,8 @@ def test_dense_beside_sparse(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "words"),
     [
-        ("--config.reward.data.num_prompts=5000", r"reward.data.num_prompts \+ num_eval_prompts=5008: there are 1646 train"),
-        ("--config.reward.data.num_eval_prompts=500", "reward.data.num_eval_prompts=500: there are 298 validation prompts"),
+        ("--config.reward.data.num_prompts=5000", r"reward.data.num_prompts \+ num_eval_prompts=5008: there are 926 train"),
+        ("--config.reward.data.num_eval_prompts=500", "reward.data.num_eval_prompts=500: there are 478 validation prompts"),
         ("--config.ppo.prompt_length=3", r"ppo: none of 926 train prompts fits prompt_length=3; 99 % of them fit \d+$"),
     ],
 )
