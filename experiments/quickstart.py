@@ -62,7 +62,7 @@ def quickstart() -> Experiment:
         stages={
             "pretrain": Pretrain(
                 data=WorldText(),
-                steps=1800, batch_size=8, length=128, eval_every=600, eval_batches=128,
+                steps=1500, batch_size=8, length=128, eval_every=500, eval_batches=128,
                 optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100, final_fraction=0.02),
             ),
             "sft": SFT(
@@ -78,7 +78,7 @@ def quickstart() -> Experiment:
             "ppo": RL(
                 data=WorldPrompts(), rewards={"model": ModelReward("reward")}, watch={"gold": gold, "correct": correct},
                 policy="sft", critic="reward", algorithm=PPO(kl_coef=0.2, value_clip=10.0),
-                steps=20, critic_warmup=3, critic_rate=5.0, batch_size=192, epochs=1, minibatches=4, missing_end_penalty=1.0,
+                steps=20, critic_warmup=3, critic_rate=5.0, batch_size=160, epochs=1, minibatches=4, missing_end_penalty=1.0,
                 temperature=ANSWERS.temperature, prompt_length=PROMPT_LENGTH, max_new_tokens=ANSWERS.max_new_tokens,
                 optimizer=OptimizerConfig(
                     learning_rate=2e-4, warmup_steps=0, schedule="constant", weight_decay=0.0, eps=1e-5
@@ -90,6 +90,7 @@ def quickstart() -> Experiment:
                     "base, plain text": Model("pretrain", form="{prompt}\n"),
                     "base, chat form": Model("pretrain"),
                     "sft": Model("sft"),
+                    "sft at 0.7": Model("sft", temperature=0.7),  # sure of itself for nothing
                     "best of 4": BestOf("sft", "reward", n=4),
                     "ppo": Model("ppo"),
                 },
@@ -115,16 +116,14 @@ def ranked_answers(num_prompts: int, num_eval_prompts: int) -> RankedAnswers:
 
 def full(config: Experiment) -> Experiment:
     """The rows of the table that do not fit into a few minutes: PPO without KL, best of 16, four answers to each prompt."""
-    table, ppo = config.stage("table", Compare), config.stage("ppo", RL)
-    unbounded = replace(
-        ppo, algorithm=replace(PPO(value_clip=10.0), kl_coef=0.0), steps=60,
-        optimizer=replace(ppo.optimizer, learning_rate=3e-4),
-    )  # fmt: skip
+    ppo, table = config.stage("ppo", RL), config.stage("table", Compare)
+    without_kl = replace(
+        ppo, algorithm=PPO(kl_coef=0.0, value_clip=10.0), steps=60, optimizer=replace(ppo.optimizer, learning_rate=3e-4)
+    )
     rows = table.rows | {"best of 16": BestOf("sft", "reward", n=16), "ppo without KL": Model("ppo_without_kl")}
-    stages = config.stages | {"ppo_without_kl": unbounded, "table": replace(table, rows=rows, draws=4)}
-    return replace(config, stages={name: stages[name] for name in (*config.stages, "ppo_without_kl") if name != "table"} | {
-        "table": stages["table"]
-    })  # fmt: skip
+    stages = {name: stage for name, stage in config.stages.items() if name != "table"}
+    stages |= {"ppo_without_kl": without_kl, "table": replace(table, rows=rows, draws=4)}
+    return replace(config, stages=stages)
 
 
 def test_sized(config: Experiment) -> Experiment:

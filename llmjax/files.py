@@ -32,6 +32,15 @@ def cannot_write(path: str | os.PathLike, error: OSError) -> UserError:
     return UserError(f"{path}: cannot be written ({reason}, {free:,.1f} MB are free there); make room, and {then}")
 
 
+@contextlib.contextmanager
+def writing(path: str | os.PathLike) -> collections.abc.Iterator[None]:
+    """Raises `cannot_write` for what the system says within the block, in which nothing is read."""
+    try:
+        yield
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
 def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     """Writes `text` (UTF-8) to `path`; a reader, or a crash at any moment, sees the old file or the new one.
 
@@ -39,7 +48,7 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
     """
     path = pathlib.Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             with open(temporary, "w", encoding="utf-8", newline="\n") as file:
@@ -49,8 +58,6 @@ def write_text_atomic(path: str | os.PathLike, text: str) -> None:
             os.replace(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
-    except OSError as error:
-        raise cannot_write(path, error) from error
 
 
 def write_json_atomic(path: str | os.PathLike, obj: Any) -> None:

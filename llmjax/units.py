@@ -52,11 +52,11 @@ def seconds(value: float | None) -> str:
     return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
 
 
-def with_error(value: float | None, error: float | None) -> str:
-    """`value ± error`, both to the second digit of the error: "0.812 ± 0.011"."""
-    if not _there(value) or not _there(error) or error <= 0:
+def with_error(value: float | None, error: float | None, digits: int = 2) -> str:
+    """`value ± error`, both to the last of `digits` digits of the error: "0.812 ± 0.011". No error is none, nor is rounding."""
+    if not _there(value) or not _there(error) or error <= 1e-9 * abs(value):
         return number(value)
-    decimals = min(6, max(0, 1 - math.floor(math.log10(error))))
+    decimals = min(6, max(0, digits - 1 - math.floor(math.log10(error))))
     return f"{value:.{decimals}f} ± {error:.{decimals}f}"
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.files import cannot_write, read_json, write_json_atomic
+from llmjax.files import read_json, write_json_atomic, writing
 
 SHARD_TOKENS = 2**24
 _INDEX = "index.json"
@@ -135,24 +135,23 @@ def write_shards(
     size, total = 0, sum(shard["tokens"] for shard in shards)
 
     def close_shard() -> None:
-        shards.append(_write_shard(folder, _name(len(shards)), open_blocks, dtype, masked))
+        with writing(folder):
+            shards.append(_write_shard(folder, _name(len(shards)), open_blocks, dtype, masked))
         write_json_atomic(folder / _INDEX, index)
 
-    try:
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for block in blocks(sum(shard["consumed"] for shard in shards)):
-            open_blocks.append(block)
-            size += len(block.tokens)
-            if progress is not None:
-                progress(total + size)
-            if size >= shard_tokens:
-                close_shard()
-                open_blocks, total, size = [], total + size, 0
-        if open_blocks:
+    for block in blocks(sum(shard["consumed"] for shard in shards)):
+        open_blocks.append(block)
+        size += len(block.tokens)
+        if progress is not None:
+            progress(total + size)
+        if size >= shard_tokens:
             close_shard()
-        write_json_atomic(folder / _INDEX, index | {"complete": True})
-    except OSError as error:
-        raise cannot_write(folder, error) from error
+            open_blocks, total, size = [], total + size, 0
+    if open_blocks:
+        close_shard()
+    write_json_atomic(folder / _INDEX, index | {"complete": True})
     return Shards(folder)
 
 

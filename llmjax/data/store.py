@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.files import cannot_write
+from llmjax.files import writing
 
 
 class Store:
@@ -42,18 +42,19 @@ class Store:
         """Writes one JSON value a line; what JSON does not have becomes text. Raises UserError if it cannot be written."""
         path = pathlib.Path(path)
         starts = [0]
-        try:
+        with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            with open(path, "wb") as file:
-                for record in records:
-                    line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
+            file = open(path, "wb")
+        with file:
+            for record in records:
+                line = json.dumps(record, ensure_ascii=False, default=str) + "\n"
+                with writing(path):
                     starts.append(starts[-1] + file.write(line.encode("utf-8", "surrogatepass")))
+            with writing(path):
                 file.flush()
                 os.fsync(file.fileno())
-            with open(_index(path), "wb") as file:
-                np.save(file, np.array(starts, np.int64), allow_pickle=False)
-        except OSError as error:
-            raise cannot_write(path, error) from error
+        with writing(path), open(_index(path), "wb") as file:
+            np.save(file, np.array(starts, np.int64), allow_pickle=False)
 
 
 def _index(path: pathlib.Path) -> pathlib.Path:

@@ -56,10 +56,12 @@ def answer_prompts(
     batch_size: int,
     mesh: Mesh | None = None,
     reference: Params | None = None,
+    reference_temperature: float = 1.0,
 ) -> Answers:
     """Answers every prompt, padded on the left to `length`, in batches of `batch_size` rows (the last is filled up and cut).
 
-    Each answer ends with one of `stop_ids` or at sampling.max_new_tokens. reference: a model to measure the KL against.
+    Each answer ends with one of `stop_ids` or at sampling.max_new_tokens. reference: a model to measure the KL against,
+    which samples at `reference_temperature`; a greedy model is taken as one of temperature 1.
     """
     tokens, segment_ids = left_pad(prompt_tokens, length, tokenizer.pad_id)
     count, completions, kl = len(tokens), [], []
@@ -72,7 +74,9 @@ def answer_prompts(
         )  # fmt: skip
         kl_B = np.zeros(batch_size)
         if reference is not None:
-            kl_B = np.asarray(_sequence_log_ratio(params, reference, batch, generation, cfg, sampling.temperature or 1.0))
+            kl_B = np.asarray(_sequence_log_ratio(
+                params, reference, batch, generation, cfg, sampling.temperature or 1.0, reference_temperature or 1.0
+            ))  # fmt: skip
         completions += to_completions(generation, tokenizer)[: count - start]
         kl.append(kl_B[: count - start])
     return Answers(prompts, prompt_tokens, completions, np.concatenate(kl) if kl else np.zeros(0))
@@ -91,11 +95,11 @@ def to_completions(generation: Generation, tokenizer: Tokenizer) -> list[Complet
     return completions
 
 
-@partial(jax.jit, static_argnames=("cfg", "temperature"))
-def _sequence_log_ratio(params, reference, batch, generation, cfg, temperature):
+@partial(jax.jit, static_argnames=("cfg", "temperature", "reference_temperature"))
+def _sequence_log_ratio(params, reference, batch, generation, cfg, temperature, reference_temperature):
     joined = join_response(batch["tokens"], batch["segment_ids"], generation)
     own, _, _ = response_log_probs(params, joined, cfg, temperature)
-    other, _, _ = response_log_probs(reference, joined, cfg, temperature)
+    other, _, _ = response_log_probs(reference, joined, cfg, reference_temperature)
     return jnp.sum((own - other) * generation.mask, axis=1)
 
 

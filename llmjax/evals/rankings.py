@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from llmjax.errors import UserError
-from llmjax.evals.statistics import clustered_ratio
+from llmjax.evals.statistics import clustered_mean_of_ratios, clustered_ratio
 
 
 def pair_accuracy(scores_NK: np.ndarray, ranks_NK: np.ndarray) -> float:
@@ -31,14 +31,17 @@ def edit_accuracy(
     rewards_NK: np.ndarray, scores_NK: np.ndarray, edited_from_NK: np.ndarray, groups: Sequence[str]
 ) -> tuple[float, float]:
     """How often rewards put the better of two answers above the other, of which one is the other with one thing changed by a
-    person: the share over all such pairs whose `scores` differ, equal rewards counting half, and its error, clustered by group.
-    NaN where there is no such pair."""
+    person, and the error of that, clustered by group. Equal rewards count half; pairs of equal or unknown `scores` not at all.
+
+    The mean of two shares: of the pairs in which the edit made it worse, and of those in which it made it better. So a model
+    that always prefers the answer that nobody edited, or always the other, is at chance (0.5). NaN without both sorts of pairs.
+    """
     row, new = np.nonzero(edited_from_NK >= 0)
     old = edited_from_NK[row, new]
-    sign = np.sign(scores_NK[row, new] - scores_NK[row, old])
+    sign = np.nan_to_num(np.sign(scores_NK[row, new] - scores_NK[row, old]))
     alike = 0.5 + 0.5 * sign * np.sign(rewards_NK[row, new] - rewards_NK[row, old])
-    counted = np.isfinite(sign) & (sign != 0)
-    return clustered_ratio(np.where(counted, alike, 0.0), counted, [groups[int(i)] for i in row])
+    sorts = [(np.where(sign == way, alike, 0.0), sign == way) for way in (-1, 1)]
+    return clustered_mean_of_ratios(sorts, [groups[int(i)] for i in row])
 
 
 def _pairs(scores_NK: np.ndarray, ranks_NK: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 
+import rich.box
 import rich.markup
 import rich.table
 
@@ -29,13 +30,20 @@ class Grid:
 
 
 def table_grid(table: Table) -> Grid:
-    """A stage's table as texts; units stand in the heads of the columns."""
-    heads = tuple(f"{label} ({unit})" if unit and not unit.startswith("%") else label for _, label, unit in table.columns)
+    """A stage's table as texts; a unit stands in the head of the first of neighbouring columns that have it."""
+    before = ("", *(unit for _, _, unit in table.columns))
+    heads = tuple(
+        f"{label} ({unit})" if unit and unit != last else label for (_, label, unit), last in zip(table.columns, before)
+    )
     rows = tuple(
-        ("", (row["name"], *(_cell(row.get(key), row.get(f"{key}_stderr"), unit) for key, _, unit in table.columns)))
+        ("", (row["name"], *(_bare(row.get(key), row.get(f"{key}_stderr"), unit) for key, _, unit in table.columns)))
         for row in table.rows
     )
     return Grid(table.caption, ("", *heads), rows)
+
+
+def _bare(value: float | None, error: float | None, unit: str) -> str:
+    return _cell(value, error, "%").removesuffix(" %") if unit.startswith("%") else units.with_error(value, error, digits=1)
 
 
 def _cell(value: float | None, error: float | None, unit: str) -> str:
@@ -97,15 +105,17 @@ def _sparse_rows(runs: Sequence[Run], stage: str) -> list[tuple[str, list[str]]]
 
 def to_rich(grid: Grid) -> rich.table.Table:
     """The grid for a terminal."""
-    table = rich.table.Table(title=grid.caption, title_justify="left", header_style="bold")
+    table = rich.table.Table(
+        title=grid.caption, title_justify="left", header_style="bold", box=rich.box.SIMPLE_HEAD, padding=0, show_edge=False,
+    )  # fmt: skip
     for index, column in enumerate(grid.columns):
-        table.add_column(rich.markup.escape(column), justify="right" if index else "left", overflow="fold")
+        table.add_column(rich.markup.escape(column), justify="right" if index else "left", overflow="fold", no_wrap=not index)
     for group, rows in grid.groups():
         if group:
             table.add_section()
             table.add_row(f"[bold]{rich.markup.escape(group)}[/bold]")
         for cells in rows:
-            table.add_row(*(rich.markup.escape(cell) for cell in cells))
+            table.add_row(*(rich.markup.escape(cell.replace(" ± ", "±")) for cell in cells))  # 80 columns are soon full
     return table
 
 

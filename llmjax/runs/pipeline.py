@@ -23,7 +23,7 @@ from llmjax.models.transformer import transformer_spec
 from llmjax.report.read import read_run
 from llmjax.report.render import write_report
 from llmjax.report.tables import table_grid, to_rich
-from llmjax.results import ADAPTER, PARAMS, Start, Summary, read_about, write_about, write_summary
+from llmjax.results import ADAPTER, PARAMS, Start, Summary, read_about, read_summary, write_about, write_summary
 from llmjax.runs.models import trained_length, write_model_file
 from llmjax.runs.start import this_start
 from llmjax.runs.workdir import (
@@ -234,7 +234,11 @@ def complete(
                 if context.is_complete(context.name):
                     context.say("complete already")
                 else:
+                    began = time.monotonic()
                     _hand_on(context, experiment.stages[context.name].run(context))
+                    context.say(f"complete in {time.monotonic() - began:.0f} s")
+                    if verbose:
+                        print(_told(context), end="", flush=True)
                     report.write()
     finally:
         metrics.close()
@@ -294,16 +298,15 @@ def _hand_on(context: Context, result: Result) -> None:
             )
         write_summary(context.path(), summary)
         checkpoint.delete(context.path("checkpoints"))
-    context.say(f"complete in {result.seconds:.0f} s")
-    if context.verbose:
-        print(_told(summary), end="", flush=True)
 
 
 SAMPLE_CHARS = 160
 
 
-def _told(summary: Summary) -> str:
-    """The numbers that have words, and the samples, for a terminal."""
+def _told(context: Context) -> str:
+    """The numbers of a complete stage that have words, and its samples, for a terminal."""
+    summary = read_summary(context.path())
+    assert summary is not None, "written by _hand_on"
     shown = [metric for metric in summary.metrics if metric.label]
     width = max((len(metric.label) for metric in shown), default=0)
     lines = []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,10 @@ import numpy as np
 
 from llmjax.data.base import Data
 from llmjax.data.records import Prompt
+from llmjax.errors import UserError
 from llmjax.evals.answers import Answers, answer_prompts, report
 from llmjax.models.transformer import Params
-from llmjax.results import Metric, Sample, Table
+from llmjax.results import Metric, Sample
 from llmjax.stages.base import Context
 from llmjax.stages.datasets import PromptSet, draw, encode_prompt, held_out_prompts, prompt_sets
 from llmjax.tasks.base import Reward
@@ -35,24 +35,25 @@ class Asked:
         self.prompts, self.tokens = _held_out_prompts(context, self._cfg.prompts or data.asked())
 
     def of(
-        self, params: Params, reference: Params | None = None, *, draws: int = 1, greedy: bool = False,
+        self, params: Params, reference: Params | None = None, *, draws: int = 1, temperature: float | None = None,
         tokens: Sequence[Sequence[int]] | None = None,
     ) -> Answers:  # fmt: skip
         """What a model answers, each prompt `draws` times in a row, each time with a key of its own.
 
-        reference: to measure the KL against. greedy: the likeliest token always. tokens: of the prompts in another form than
-        that of a dialogue.
+        reference: to measure the KL against, as it is sampled by the experiment. temperature: another than the experiment's;
+        0 for the likeliest token always. tokens: of the prompts in another form than that of a dialogue.
         """
         cfg, context = self._cfg, self._context
         keys = [jax.random.split(key_for(context.seed, PURPOSE), len(self.prompts))]
         keys += [jax.random.split(key_for(context.seed, PURPOSE, draw), len(self.prompts)) for draw in range(1, draws)]
         every = [(prompt, ids) for prompt, ids in zip(self.prompts, tokens or self.tokens) for _ in range(draws)]
-        sampling = replace(cfg.sampling, temperature=0.0) if greedy else cfg.sampling
+        sampling = cfg.sampling if temperature is None else replace(cfg.sampling, temperature=temperature)
         rows = min(cfg.batch_size, context.experiment.mesh.rows(len(every)))
         return answer_prompts(
             params, [prompt for prompt, _ in every], [ids for _, ids in every], jnp.stack(keys, axis=1).reshape(-1),
             cfg=context.model, sampling=sampling, tokenizer=context.tokenizer, stop_ids=context.tokenizer.stop_ids,
             length=cfg.prompt_length, batch_size=rows, mesh=context.mesh, reference=reference,
+            reference_temperature=cfg.sampling.temperature,
         )  # fmt: skip
 
     def metrics(self, answers: Answers, before: Answers | None = None) -> list[Metric]:
@@ -66,19 +67,6 @@ class Asked:
     def _described(self, metric: Metric) -> Metric:
         headline = metric.name in list(self.scores)[:2]
         return replace(metric, headline=headline, label=metric.label if metric.name in self.scores else "")
-
-    def table(self, rows: Mapping[str, Answers]) -> Table:
-        """One row for each model, scores, KL and length with their standard errors."""
-        reports = {name: report(self.scores, answers) for name, answers in rows.items()}
-        shown = next(iter(reports.values()))
-        columns = tuple((metric.name, metric.label, metric.unit) for metric in shown)
-        made = []
-        for name, metrics in reports.items():
-            row: dict[str, Any] = {"name": name}
-            for metric in metrics:
-                row |= {metric.name: metric.value, f"{metric.name}_stderr": metric.error}
-            made.append(row)
-        return Table(f"{len(self.prompts)} held-out prompts", columns, tuple(made))
 
     def samples(self, answers: Answers) -> list[Sample]:
         """The first few prompts with their answers."""
@@ -96,6 +84,14 @@ def _held_out_prompts(context: Context, data: Data) -> tuple[Sequence[Prompt], l
         chosen = draw(held, cfg.num_prompts, context.seed, PURPOSE)
         return [held[i] for i in chosen], [held.tokens(i) for i in chosen]
     pairs = [(p, encode_prompt(context.tokenizer, p)) for p in held_out_prompts(context, data)]
-    pairs = [(prompt, ids) for prompt, ids in pairs if len(ids) <= cfg.prompt_length]
+    kept = [(prompt, ids) for prompt, ids in pairs if len(ids) <= cfg.prompt_length]
+    if len(kept) < len(pairs):
+        left_out = f"{len(pairs) - len(kept):,} of {len(pairs):,} held-out prompts have more than "
+        left_out += f"evaluation.prompt_length={cfg.prompt_length} tokens"
+        if not kept:
+            longest = max(len(ids) for _, ids in pairs)
+            raise UserError(f"{context.name}: {left_out}, up to {longest}, so that there is nothing to ask; allow more")
+        context.say(f"{left_out} and are not asked")
+    pairs = kept
     order = np.random.default_rng([context.seed, *PURPOSE.encode()]).permutation(len(pairs))[: cfg.num_prompts]
     return [pairs[i][0] for i in order], [pairs[i][1] for i in order]

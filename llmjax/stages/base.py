@@ -213,16 +213,6 @@ class Context:
         """Whether a stage has come to its end."""
         return read_summary(os.path.join(self.workdir, name)) is not None
 
-    def lineage(self, source: str) -> list[str]:
-        """The language models that `source` goes back to, the oldest first, itself last."""
-        chain = [source]
-        while chain[0] in self.experiment.stages:
-            links = [link.source for link in self.experiment.stages[chain[0]].inputs() if link.makes == "language"]
-            if not links:
-                break
-            chain.insert(0, links[0])
-        return chain
-
     def fit(
         self,
         program: TrainProgram,

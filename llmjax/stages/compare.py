@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from llmjax.config import PositiveInt
+from llmjax.config import NonNegativeFloat, PositiveInt
 from llmjax.data.records import Completion, Prompt
 from llmjax.errors import UserError
 from llmjax.evals.answers import Answers
@@ -33,6 +33,9 @@ class Row:
         """The stages whose models it needs."""
         return ()
 
+    def prepare(self, context: Context, asked: Asked) -> None:
+        """Before anything is trained. Raises UserError for what cannot be asked later."""
+
     def sampled(self, context: Context, asked: Asked, reference: Params, draws: int) -> Answers:
         """Every prompt's answers, `draws` in a row; their KL is from `reference`, where they have one."""
         raise TypeError(f"{type(self).__name__} has no sampled(...)")
@@ -44,11 +47,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Model(Row):
-    """The model of a stage. form: a text with {prompt} in it, for a model that has not learnt to chat: it goes on from this
-    text instead of a dialogue, and its answer ends with its first sentence or line."""
+    """The model of a stage.
+
+    form: a text with {prompt} in it, for a model that has not learnt to chat: it goes on from this text instead of a dialogue,
+    and its answer ends with its first sentence or line. temperature: of its sampled answers; None for the evaluation's. A
+    model at a lower one is what training for a reward has to beat: it costs nothing and makes sampled answers surer, too.
+    """
 
     stage: str
     form: str = ""
+    temperature: NonNegativeFloat | None = None
 
     def validate(self) -> None:
         if self.form and "{prompt}" not in self.form:
@@ -57,20 +65,32 @@ class Model(Row):
     def inputs(self) -> tuple[Input, ...]:
         return (Input("rows", self.stage),)
 
+    def prepare(self, context: Context, asked: Asked) -> None:
+        longest, most = max(map(len, self._tokens(context, asked)), default=0), context.experiment.evaluation.prompt_length
+        if self.form and longest > most:
+            raise UserError(
+                f"{context.name}: form={self.form!r} makes prompts of up to {longest} tokens; evaluation.prompt_length={most}"
+            )
+
     def sampled(self, context: Context, asked: Asked, reference: Params, draws: int) -> Answers:
         if self.form:
-            return self._plain(context, asked, draws=draws)
-        return asked.of(context.load_lm(self.stage), reference, draws=draws)
+            return self._plain(context, asked, draws=draws, temperature=self.temperature)
+        return asked.of(context.load_lm(self.stage), reference, draws=draws, temperature=self.temperature)
 
     def greedy(self, context: Context, asked: Asked) -> Answers | None:
-        if self.form:
-            return self._plain(context, asked, greedy=True)
-        return asked.of(context.load_lm(self.stage), greedy=True)
+        if self.temperature is not None:  # it is that of the row without one
+            return None
+        return self._plain(context, asked, temperature=0.0) if self.form else asked.of(
+            context.load_lm(self.stage), temperature=0.0
+        )
+
+    def _tokens(self, context: Context, asked: Asked) -> list[list[int]]:
+        """The prompts in this form."""
+        texts = [self.form.replace("{prompt}", prompt.text) for prompt in asked.prompts]
+        return [[context.tokenizer.bos_id, *ids] for ids in context.tokenizer.encode_batch(texts)]
 
     def _plain(self, context: Context, asked: Asked, **how: Any) -> Answers:
-        tokenizer, texts = context.tokenizer, [self.form.replace("{prompt}", prompt.text) for prompt in asked.prompts]
-        tokens = [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
-        found = asked.of(context.load_lm(self.stage), tokens=tokens, **how)
+        found = asked.of(context.load_lm(self.stage), tokens=self._tokens(context, asked), **how)
         return Answers(found.prompts, found.prompt_tokens, [_first_sentence(one) for one in found.completions], None)
 
 
@@ -113,6 +133,9 @@ class Bot(Row):
 
     answer: Callable[[Prompt], str]
 
+    def prepare(self, context: Context, asked: Asked) -> None:
+        self._said(asked.prompts[:1])
+
     def sampled(self, context: Context, asked: Asked, reference: Params, draws: int) -> Answers:
         return self._said([prompt for prompt in asked.prompts for _ in range(draws)])
 
@@ -120,17 +143,20 @@ class Bot(Row):
         return self._said(asked.prompts)
 
     def _said(self, prompts: Sequence[Prompt]) -> Answers:
-        return Answers(prompts, [()] * len(prompts), [Completion(self.answer(prompt)) for prompt in prompts], None)
+        texts = [self.answer(prompt) for prompt in prompts]
+        for prompt, text in zip(prompts, texts):
+            if not isinstance(text, str):
+                raise UserError(f"the bot {self.answer.__name__} said {text!r} to prompt {prompt.id!r}; return a text")
+        return Answers(prompts, [()] * len(prompts), [Completion(text) for text in texts], None)
 
 
 @dataclass(frozen=True)
 class _Measured:
-    """What came of a row. scores: of the sampled answers, by name [N * draws]. kl, length: of these. greedy: the main score of
-    the greedy ones [N]."""
+    """What came of a row. scores: of the sampled answers, by name [N * draws]. kl: of these. greedy: the main score of the
+    greedy ones [N]."""
 
     scores: Mapping[str, np.ndarray]
     kl: np.ndarray | None
-    length: np.ndarray | None
     greedy: np.ndarray | None
 
 
@@ -162,8 +188,9 @@ class Compare(Stage):
         for name, row in (("against", self.against), ("knowledge", self.knowledge)):
             if row not in self.rows and (row or name == "against"):
                 raise UserError(f"{name}={row!r} is no row; there is {', '.join(self.rows)}")
-        if not isinstance(self.rows[self.against], Model):
-            raise UserError(f"against={self.against!r}: differences are to a Model")
+            found = self.rows.get(row)
+            if row and not (isinstance(found, Model) and found.temperature is None):
+                raise UserError(f"{name}={row!r}: take a Model without a temperature of its own, which has greedy answers, too")
 
     def inputs(self) -> tuple[Input, ...]:
         return tuple(dict.fromkeys(link for row in self.rows.values() for link in row.inputs()))
@@ -178,7 +205,9 @@ class Compare(Stage):
                 raise UserError(f"{name}: {one!r} is none of evaluation.scores, {', '.join(evaluation.scores)}")
 
     def prepare(self, context: Context) -> None:
-        self._asked(context)
+        asked = self._asked(context)
+        for row in self.rows.values():
+            row.prepare(context, asked)
 
     def preview(self, context: Context) -> Preview:
         prompts = self._asked(context).prompts
@@ -205,17 +234,15 @@ class Compare(Stage):
     def _measure(self, context: Context, asked: Asked, row: Row, reference: Params) -> _Measured:
         scores = {name: context.experiment.evaluation.scores[name] for name in (self.score, *self.beside)}
         drawn, greedy = row.sampled(context, asked, reference, self.draws), row.greedy(context, asked)
-        lengths = [len(completion.tokens) for completion in drawn.completions]
         return _Measured(
             {name: score(one, drawn.prompts, drawn.completions, name) for name, one in scores.items()},
-            drawn.kl, np.array(lengths, float) if any(lengths) else None,
-            None if greedy is None else score(scores[self.score], greedy.prompts, greedy.completions, self.score),
+            drawn.kl, None if greedy is None else score(scores[self.score], greedy.prompts, greedy.completions, self.score),
         )  # fmt: skip
 
     def _table(self, measured: Mapping[str, _Measured], groups: Sequence[str]) -> Table:
         own, rows = measured[self.against], []
         for name, found in measured.items():
-            values: dict[str, np.ndarray | None] = dict(found.scores) | {"kl": found.kl, "length": found.length}
+            values: dict[str, np.ndarray | None] = dict(found.scores) | {"kl": found.kl}
             values["greedy"] = found.greedy
             if found is not own:
                 values["difference"] = found.scores[self.score] - own.scores[self.score]
@@ -230,7 +257,7 @@ class Compare(Stage):
         columns = [
             (self.score, words(self.score), units[self.score]), ("difference", f"to {self.against}", units[self.score]),
             ("greedy", "greedy", units[self.score]), ("greedy_difference", f"to {self.against}", units[self.score]),
-            *((name, words(name), units[name]) for name in self.beside), ("kl", "KL", "nats"), ("length", "Length", "tokens"),
+            *((name, words(name), units[name]) for name in self.beside), ("kl", "KL", "nats"),
         ]  # fmt: skip
         draws = f", {self.draws} answers each" if self.draws > 1 else ""
         caption = (

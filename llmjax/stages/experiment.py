@@ -113,7 +113,8 @@ class Experiment:
                     continue
                 if link.source not in earlier:
                     there = ", ".join(earlier) or "none"
-                    raise UserError(f"{where} is not an earlier stage of this experiment; there is {there}")
+                    fix = f"name one, or leave {name} out, too"
+                    raise UserError(f"{where} is not an earlier stage of this experiment; there is {there}; {fix}")
                 if earlier[link.source].makes != link.makes:
                     raise UserError(f"{where} makes a {earlier[link.source].makes} model; a {link.makes} model is needed")
             earlier[name] = stage

@@ -138,14 +138,14 @@ class RL(Stage):
         return self.learner(context).programs()._asdict()
 
     def run(self, context: Context) -> Result:
-        """Trains policy and critic, then asks the policy and the models it goes back to the same held-out prompts."""
+        """Trains policy and critic, then asks the policy the held-out prompts, as it was and as it is."""
         learner, prompts = self.learner(context), self._prompts(context)
         programs, reference = learner.programs(), context.load_lm(self.policy)
         groups = self.algorithm.answers_per_prompt
         rows = PromptRows(prompts, self.prompt_length, context.tokenizer.pad_id, groups)
         batches = make_batches(rows, batch_size=self.batch_size // groups, seed=context.seed)
-        watched = [(name, f"{name} of training prompts {{:.3f}}") for name in self.watch]
-        shown = [("reward", "reward {:+.2f}"), *watched, ("kl", "KL {:.2f} nats")]
+        watched = [(name, f"{name} {{:.3f}}") for name in self.watch]
+        shown = [("reward", "on training prompts: reward {:+.2f}"), *watched, ("kl", "KL {:.2f} nats")]
         trained = context.fit(
             programs.update, lambda: ActorCritic(reference, self._critic(context, reference)), batches, self.steps,
             step_fn=learner.step_fn(programs, reference, self._scores(context, prompts)), shown=shown,
@@ -153,17 +153,14 @@ class RL(Stage):
         )  # fmt: skip
         policy = trained.params.policy
         asked = Asked(context, self.data, {n: r for n, r in self.rewards.items() if not isinstance(r, StageReward)})
-        chain = {name: asked.of(context.load_lm(name), reference) for name in context.lineage(self.policy)}
-        answers = asked.of(policy, reference)
-        chain[context.name] = answers
+        answers, before = asked.of(policy, reference), asked.of(reference) if asked.scores else None
         metrics = [
             replace(metric, label=f"KL from {self.policy}", headline=True) if metric.name == "kl" else metric
-            for metric in asked.metrics(answers, chain[self.policy])
+            for metric in asked.metrics(answers, before)
         ]
         return trained.result(
             params=policy, metrics=metrics,
             figures=[*self._figures(context), *expert_figures(context.model)], samples=asked.samples(answers),
-            tables=[asked.table(chain)],
         )  # fmt: skip
 
     def _critic(self, context: Context, reference: Any) -> Any:

@@ -35,7 +35,7 @@ class SFT(Stage):
     `length` tokens; longer dialogues are cut, and that is counted. text: documents that are mixed in so that what the model
     knows is kept, every token of them carrying loss; text_fraction: their share of the windows (pre-training gradients beside
     those of the task: Ouyang et al. 2022, arXiv:2203.02155, section 3.5, there in PPO). eval_every: steps between two held-out
-    losses, of eval_batches batches evenly spread over the held-out dialogues; 0 for all.
+    losses, of eval_batches batches evenly spread over the held-out dialogues.
     """
 
     data: Data

@@ -219,7 +219,7 @@ def test_report_of_a_whole_run(tmp_path, moe):
         "Time, all stages 4 min 45 s", "run · 4 min 45 s in all · 2.56 M tokens · config ",
         "What sft is about.", "Optimizer steps 400", "Throughput 12.0 k tokens/s", "Accuracy on new prompts 80.0 % of pairs",
         "chance 50.0 % of pairs", "Once upon a time there was a fox.", "gold 0.9", "What is watched.", "Resolved config",
-        "sft 0.550 ± 0.015 51.0 ± 3.0 % 0", "llmjax-chat --workdir=", "MFU 20.0 %", "Peak memory of a device 2.50 GB",
+        "sft 0.55 ± 0.01 51.0 ± 3.0 0", "llmjax-chat --workdir=", "MFU 20.0 %", "Peak memory of a device 2.50 GB",
         "Data seen 1.95 epochs", "Data seen: web 0.390 epochs Data seen: code 3.90 epochs",
         "Learning rate, Gradient norm Learning rate", "global norm, before clipping",
     ):  # fmt: skip
@@ -446,15 +446,15 @@ def as_text(table):
 
 def test_the_table_of_a_stage_for_the_terminal():
     text = as_text(tables.to_rich(tables.table_grid(TABLE)))
-    assert re.search(r"Gold\s*┃\s*Correct\s*┃\s*KL from sft \(nats per answer\)", text)
-    assert re.search(r"polish\s*│\s*0\.720 ± 0\.020\s*│\s*63\.0 ± 3\.0 %\s*│\s*8\.70", text)
-    assert re.search(r"pretrain\s*│\s*0\.110 ± 0\.010\s*│\s*4\.0 %\s*│\s*–", text)
+    assert re.search(r" Gold +Correct \(%\) +KL from sft \(nats per answer\)", text)
+    assert re.search(r"polish +0\.72±0\.02 +63\.0±3\.0 +8\.70\n", text)
+    assert re.search(r"pretrain +0\.11±0\.01 +4\.0 +–\n", text)
 
 
 def test_study_table_for_the_terminal(tmp_path):
     make_workdir(tmp_path / "dense")
     text = as_text(tables.study_table([read.read_run(tmp_path / "dense", "[dense]")]))
-    assert "[dense]" in text and re.search(r"Accuracy / ceiling\s*│\s*95\.0 %", text)
+    assert "[dense]" in text and re.search(r"Accuracy / ceiling +95\.0 %\n", text)
 
 
 @pytest.mark.parametrize(("value", "unit", "error", "expected"), [

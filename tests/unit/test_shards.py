@@ -201,3 +201,12 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     for folder in (tmp_path / "file" / "shards", tmp_path / "file"):
         fails("cannot be written", lambda: write_shards(folder, stream(random_blocks(0)), vocab_size=1000))
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_a_source_that_cannot_be_read_is_not_taken_for_the_place(tmp_path):
+    def broken(skip):
+        yield random_blocks(0)[1]
+        raise PermissionError(13, "Permission denied", "/their/text.jsonl")
+
+    with pytest.raises(PermissionError, match="text.jsonl"):
+        write_shards(tmp_path / "a", broken, vocab_size=1000)

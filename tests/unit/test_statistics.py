@@ -6,7 +6,7 @@ import pytest
 from llmjax.data.records import Completion, Prompt, user
 from llmjax.evals.answers import Answers, report
 from llmjax.evals.rankings import edit_accuracy
-from llmjax.evals.statistics import clustered_mean, clustered_ratio
+from llmjax.evals.statistics import clustered_mean, clustered_mean_of_ratios, clustered_ratio
 
 
 def observations(seed, groups=120, between=1.0):
@@ -82,12 +82,36 @@ def test_answers_about_one_thing_are_one_observation():
 
 
 def test_edits_count_where_the_scores_differ():
-    """Of four rankings: one pair right, one wrong, one tied in reward, one whose scores do not differ."""
-    rewards = np.array([[2.0, 1.0, 0.0], [0.0, 5.0, 1.0], [1.0, 0.0, 1.0], [9.0, 0.0, 0.0]])
-    scores = np.array([[1.0, 0.5, 0.1], [1.0, 0.2, 0.1], [0.9, 0.0, 0.1], [0.5, 0.5, 0.5]])
-    edited_from = np.array([[-1, -1, 0], [-1, -1, 0], [-1, -1, 0], [-1, -1, 0]])
-    share, error = edit_accuracy(rewards, scores, edited_from, list("abcd"))
-    assert share == pytest.approx(1.5 / 3) and error == pytest.approx(np.sqrt(3 / 2 * 0.5) / 3)
-    assert edit_accuracy(-rewards, scores, edited_from, list("abcd"))[0] == pytest.approx(1.5 / 3)
-    assert edit_accuracy(rewards[:1], scores[:1], edited_from[:1], ["a"])[0] == 1
-    assert np.isnan(edit_accuracy(rewards, scores, np.full((4, 3), -1), list("abcd"))[0])
+    """Made worse by the edit: a pair ordered right, one wrong, one tied in reward; made better: one right. Two are left out."""
+    own, edited = np.array([2.0, 0.0, 1.0, 0.0, 9.0, 9.0]), np.array([0.0, 1.0, 1.0, 3.0, 0.0, 0.0])
+    rewards = np.stack([own, edited], axis=1)
+    scores = np.array([[1.0, 0.1], [1.0, 0.1], [0.9, 0.1], [0.1, 0.7], [0.5, 0.5], [0.5, np.nan]])
+    edited_from = np.array([[-1, 0]] * 6)
+    share, error = edit_accuracy(rewards, scores, edited_from, list("abcdef"))
+    assert share == pytest.approx((1.5 / 3 + 1) / 2) and error == pytest.approx(np.sqrt(4 / 3 * 0.5) / 3 / 2)
+    assert edit_accuracy(-rewards, scores, edited_from, list("abcdef"))[0] == pytest.approx((1.5 / 3 + 0) / 2)
+    assert np.isnan(edit_accuracy(rewards[:3], scores[:3], edited_from[:3], list("abc"))[0])  # none was made better
+    assert np.isnan(edit_accuracy(rewards, scores, np.full((6, 2), -1), list("abcdef"))[0])
+
+
+@pytest.mark.parametrize("rewards", [(1.0, 0.0), (0.0, 1.0), (1.0, 1.0)])
+def test_to_prefer_what_nobody_edited_is_chance(rewards):
+    """However many of the own answers were right."""
+    scores = np.array([[1.0, 0.1]] * 9 + [[0.1, 1.0]])
+    assert edit_accuracy(np.array([rewards] * 10), scores, np.array([[-1, 0]] * 10), list("abcdefghij"))[0] == 0.5
+
+
+def test_error_of_a_mean_of_ratios_is_that_of_a_bootstrap():
+    rng = np.random.default_rng(0)
+    groups = rng.integers(40, size=300)
+    first = rng.random(300) < 0.7
+    right = rng.random(300) < np.where(first, 0.8, 0.4) + 0.1 * rng.normal(size=40)[groups]
+    parts = [(right * first, first), (right * ~first, ~first)]
+    mean, error = clustered_mean_of_ratios(parts, groups.tolist())
+    rows = [np.flatnonzero(groups == g) for g in range(40)]
+    drawn = []
+    for _ in range(2000):
+        i = np.concatenate([rows[g] for g in rng.integers(40, size=40)])
+        drawn.append(np.mean([above[i].sum() / below[i].sum() for above, below in parts]))
+    assert mean == pytest.approx(np.mean([right[first].mean(), right[~first].mean()]))
+    assert error == pytest.approx(np.std(drawn), rel=0.1)

@@ -93,3 +93,12 @@ def test_a_place_that_cannot_be_written_is_one_line(tmp_path):
     with pytest.raises(UserError, match="cannot be written") as caught:
         Store.write(tmp_path / "file" / "records.jsonl", [])
     assert "\n" not in str(caught.value)
+
+
+def test_a_source_that_cannot_be_read_is_not_taken_for_the_place(tmp_path):
+    def broken():
+        yield {"a": 1}
+        raise PermissionError(13, "Permission denied", "/their/text.jsonl")
+
+    with pytest.raises(PermissionError, match="text.jsonl"):
+        Store.write(tmp_path / "records.jsonl", broken())

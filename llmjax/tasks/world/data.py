@@ -26,7 +26,7 @@ def _splits(place: Place, kind: str, seed: int, size: int = 0) -> Splits:
 class WorldText(Data):
     """Documents about the world. num_documents: for training; a twentieth as many are held out. seed: of the world."""
 
-    num_documents: PositiveInt = 45_000
+    num_documents: PositiveInt = 24_000
     seed: NonNegativeInt = 0
     kind: ClassVar[type] = str
 
