@@ -90,9 +90,10 @@ def quickstart() -> Experiment:
                     "base, plain text": Model("pretrain", form="{prompt}\n"),
                     "base, chat form": Model("pretrain"),
                     "sft": Model("sft"),
-                    "sft at 0.7": Model("sft", temperature=0.7),  # sure of itself for nothing
+                    "sft at 0.7": Model("sft", temperature=0.7),
                     "best of 4": BestOf("sft", "reward", n=4),
                     "ppo": Model("ppo"),
+                    "ppo at 0.7": Model("ppo", temperature=0.7),
                 },
                 against="sft", score="correct", beside=("gold",), knowledge="base, plain text",
             ),

@@ -136,8 +136,10 @@ def partition_spec(axes: Sequence[str | None], *, gathered: bool = False) -> Par
 
 
 def letters_spec(letters: str) -> PartitionSpec:
-    """Sharding in a computation of an array whose axes are `letters` of the glossary ("." for any other axis)."""
-    return partition_spec([LOGICAL_AXES.get(letter) for letter in letters], gathered=True)
+    """Sharding in a computation of an array whose axes are `letters` of the glossary ("." for any other axis); behind a "=",
+    as a parameter with these axes is stored."""
+    axes = [LOGICAL_AXES.get(letter) for letter in letters.removeprefix("=")]
+    return partition_spec(axes, gathered=not letters.startswith("="))
 
 
 def named_sharding(mesh: Mesh | None, axes: Sequence[str | None], shape: Sequence[int], name: str):
@@ -167,8 +169,18 @@ def constrain(x: Array, letters: str) -> Array:
     return jax.sharding.reshard(x, spec) if _is_explicit(mesh) else jax.lax.with_sharding_constraint(x, spec)
 
 
+def gathered(w: Array, letters: str, dtype) -> Array:
+    """A stored weight as a computation in `dtype` reads it: cast where it lies, then gathered over fsdp.
+
+    Were the cast not tied to the stored shards, XLA would move it behind the gather, and send float32.
+    """
+    if w.dtype != dtype:
+        w = constrain(w.astype(dtype), f"={letters}")
+    return constrain(w, letters)
+
+
 def einsum(equation: str, x: Array, w: Array, *, out_dtype=None, precision: jax.lax.Precision | None = None) -> Array:
-    """The einsum of activations `x` with a weight `w`, in glossary letters, e.g. "BTD,DF->BTF".
+    """The einsum of activations `x` with a weight `w`, in glossary letters, e.g. "BTD,DF->BTF", in the dtype of x.
 
     Without a mesh, the leading letters of `x` are flattened so that the product and both its gradients are plain 2-D
     matrix products. On a mesh, `w` is gathered over fsdp and the output is sharded by its letters. `out_dtype` asks for
@@ -177,10 +189,9 @@ def einsum(equation: str, x: Array, w: Array, *, out_dtype=None, precision: jax.
     """
     inputs, out = equation.split("->")
     x_letters, w_letters = inputs.split(",")
-    mesh = _active_mesh()
+    mesh, w = _active_mesh(), gathered(w, w_letters, x.dtype)
     if mesh is None:
         return _flat_einsum(x_letters, w_letters, out, x, w, out_dtype, precision)
-    w = constrain(w, w_letters)
     if _is_explicit(mesh):
         where = letters_spec(out)
         return jnp.einsum(equation, x, w, precision=precision, preferred_element_type=out_dtype, out_sharding=where)
@@ -229,6 +240,18 @@ def local_stored(fn: Callable, in_axes: Sequence[Sequence[str | None]], out_axes
         return fn
     in_specs = tuple(partition_spec(axes) for axes in in_axes)
     return jax.shard_map(fn, in_specs=in_specs, out_specs=partition_spec(out_axes), check_vma=False)
+
+
+def gather_stored(w: Array, letters: str, over: Sequence[str] = MESH_AXES) -> Array:
+    """Inside `local`: the whole of a parameter that came as it is stored ("=VD"), over the mesh axes in `over`.
+
+    Its gradient is a reduce-scatter. That of a parameter that came gathered would be an all-reduce of all of it.
+    """
+    for dim, entry in enumerate(letters_spec(f"={letters}")):
+        axes = [axis for axis in ((entry,) if isinstance(entry, str) else entry or ()) if axis in over and axis_size(axis) > 1]
+        if axes:
+            w = jax.lax.all_gather(w, tuple(axes), axis=dim, tiled=True)
+    return w
 
 
 def axis_size(name: str) -> int:

@@ -118,9 +118,11 @@ def residual_scale(cfg: ModelConfig) -> float:
 
 
 def embed_tokens(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
-    """Rows of the table. On a mesh the table is gathered first, so the look-up is local."""
+    """Rows of the table. On a mesh the table is gathered first, in `dtype`, so the look-up is local."""
 
     def look_up(table, tokens):
-        return jnp.take(table, tokens, axis=0, mode="clip")
+        if sharding.axis_size("fsdp") * sharding.axis_size("tensor") > 1:
+            table = sharding.gather_stored(table.astype(dtype), "VD")
+        return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
 
-    return sharding.local(look_up, ["..", "BT"], "BTD")(table_VD, tokens_BT).astype(dtype)
+    return sharding.local(look_up, ["=VD", "BT"], "BTD")(table_VD, tokens_BT)

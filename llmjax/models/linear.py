@@ -30,20 +30,20 @@ Weight = Array | Adapted
 
 
 def linear(equation: str, x: Array, w: Weight) -> Array:
-    """`sharding.einsum` of tokens with a weight, in the dtype of x.
+    """`sharding.einsum` of tokens with a weight.
 
     An adapted weight multiplies by its two factors, so that the gradient of the base is never needed.
     """
     if not isinstance(w, Adapted):
-        return sharding.einsum(equation, x, w.astype(x.dtype))
+        return sharding.einsum(equation, x, w)
     inputs, out = equation.split("->")
     x_letters, w_letters = inputs.split(",")
     shared = "".join(c for c in w_letters if c in x_letters)
     new = "".join(c for c in w_letters if c not in x_letters)
     kept = "".join(c for c in x_letters if c not in shared)
-    down = sharding.einsum(f"{x_letters},{shared}r->{kept}r", x, w.update.a.astype(x.dtype))
-    up = sharding.einsum(f"{kept}r,r{new}->{out}", down, w.update.b.astype(x.dtype))
-    return sharding.einsum(equation, x, w.base.astype(x.dtype)) + w.scale * up
+    down = sharding.einsum(f"{x_letters},{shared}r->{kept}r", x, w.update.a)
+    up = sharding.einsum(f"{kept}r,r{new}->{out}", down, w.update.b)
+    return sharding.einsum(equation, x, w.base) + w.scale * up
 
 
 def full_weight(w: Weight, letters: str, num_leading: int, num_in: int) -> Array:

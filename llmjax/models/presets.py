@@ -107,6 +107,9 @@ def _yarn_scale(width: int, factor: float, mscale_all_dim: float) -> float:
 PRESETS: dict[str, ModelConfig] = {
     "llama3-8b": _llama3(32, 4096, 32, 14336),
     "llama3-70b": _llama3(80, 8192, 64, 28672),
+    "llama3.2-1b": replace(
+        _llama3(16, 2048, 32, 8192), head_dim=64, tie_embeddings=True, rope_scaling=RopeScaling("llama3", factor=32.0)
+    ),
     "llama3.1-8b": _llama31(32, 4096, 32, 14336),
     "llama3.1-70b": _llama31(80, 8192, 64, 28672),
     "llama3.1-405b": _llama31(126, 16384, 128, 53248),

@@ -358,8 +358,7 @@ def head_table(params: Params) -> Float[Array, "V D"]:
 
 def logits(params: Params, x_BTD: Float[Array, "B T D"], cfg: ModelConfig) -> Float[Array, "B T V"]:
     """float32 logits of hidden states."""
-    table_VD = head_table(params).astype(x_BTD.dtype)
-    logits_BTV = sharding.einsum("BTD,VD->BTV", x_BTD, table_VD, out_dtype=jnp.float32)
+    logits_BTV = sharding.einsum("BTD,VD->BTV", x_BTD, head_table(params), out_dtype=jnp.float32)
     return cfg.logit_softcap * jnp.tanh(logits_BTV / cfg.logit_softcap) if cfg.logit_softcap else logits_BTV
 
 

@@ -73,15 +73,17 @@ def cross_entropy_sum(
 ) -> Array:
     """sum of weights * -log softmax(x @ table^T)[target], float32; never holds the logits of the whole batch.
 
-    softcap: as `ModelConfig.logit_softcap`. On a mesh each device sums its own tokens against the whole table.
+    softcap: as `ModelConfig.logit_softcap`. On a mesh each device sums its own tokens; over `tensor` each knows a part of the
+    vocabulary, and they agree on the partition function (Shoeybi et al. 2019, arXiv:1909.08053, section 3).
     """
 
     def local_sum(x, table, targets, weights):
         rows = targets.size
-        args = x.reshape(rows, -1), table.astype(x.dtype), targets.reshape(rows), weights.reshape(rows)
+        table = sharding.gather_stored(table.astype(x.dtype), "VD", over=("fsdp",))
+        args = x.reshape(rows, -1), table, targets.reshape(rows), weights.reshape(rows)
         return fused_cross_entropy(*args, _num_chunks(rows, table.shape[0]), softcap)[None]
 
-    return jnp.sum(sharding.local(local_sum, ["BTD", "..", "BT", "BT"], "B")(x_BTD, table_VD, targets_BT, weights_BT))
+    return jnp.sum(sharding.local(local_sum, ["BTD", "=VD", "BT", "BT"], "B")(x_BTD, table_VD, targets_BT, weights_BT))
 
 
 def _num_chunks(rows: int, vocab: int) -> int:
@@ -95,13 +97,15 @@ def fused_cross_entropy(x_MD, table_VD, targets_M, weights_M, num_chunks: int, s
 
     The gradient of the logits is formed while a chunk of them is at hand, in the forward pass, so nothing of size [M, V]
     is stored or recomputed (the idea of Hsu et al. 2024, arXiv:2410.10989, section 3.2). Beside one chunk of logits it needs
-    the table's gradient in float32.
+    the table's gradient in float32. Inside `sharding.local` the table may be this device's part of the vocabulary, by the mesh
+    axis `tensor`; the sum is then that of all parts, the gradient of x this part's share of it.
     """
     return _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap, with_grad=False)[0]
 
 
 def _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap, with_grad):
     """(sum, gradient of x, float32 gradient of the table); the gradients are None unless asked for."""
+    first = jax.lax.axis_index("tensor") * table_VD.shape[0] if sharding.axis_size("tensor") > 1 else 0
 
     def chunk(sums, part):
         total, dtable = sums
@@ -109,11 +113,11 @@ def _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap, with_gra
         logits = jnp.einsum("md,vd->mv", x, table_VD, preferred_element_type=jnp.float32)
         if softcap:
             logits = softcap * jnp.tanh(logits / softcap)
-        top = jnp.max(logits, axis=-1, keepdims=True)
+        top = _over_parts(jax.lax.pmax, jnp.max(logits, axis=-1, keepdims=True))
         exps = jnp.exp(logits - top)
-        partition = jnp.sum(exps, axis=-1, keepdims=True)
-        is_target = targets[:, None] == jnp.arange(table_VD.shape[0])
-        chosen = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
+        partition = _over_parts(jax.lax.psum, jnp.sum(exps, axis=-1, keepdims=True))
+        is_target = targets[:, None] == first + jnp.arange(table_VD.shape[0])
+        chosen = _over_parts(jax.lax.psum, jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1))
         total += jnp.sum(weights * (jnp.log(partition[:, 0]) + top[:, 0] - chosen))
         if not with_grad:
             return (total, None), None
@@ -141,6 +145,11 @@ def _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap, with_gra
     return total, None if dx is None else dx.reshape(-1, x_MD.shape[1])[:count], dtable
 
 
+def _over_parts(reduce, x: Array) -> Array:
+    """`reduce` over the parts of the vocabulary."""
+    return reduce(x, "tensor") if sharding.axis_size("tensor") > 1 else x
+
+
 def _fused_fwd(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap):
     total, dx, dtable = _chunked(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap, with_grad=True)
     assert dtable is not None
@@ -149,6 +158,7 @@ def _fused_fwd(x_MD, table_VD, targets_M, weights_M, num_chunks, softcap):
 
 def _fused_bwd(num_chunks, softcap, residuals, dtotal):
     dx, dtable = residuals
+    dtotal = _over_parts(jax.lax.psum, dtotal)  # the parts' sums are one number, of which each got its share of the gradient
     return (dx * dtotal).astype(dx.dtype), (dtable * dtotal).astype(dtable.dtype), None, None
 
 

@@ -15,6 +15,7 @@ from llmjax.models.transformer import transformer_spec
 PUBLISHED = {
     "llama3-8b": (8.03, 8.03),
     "llama3-70b": (70.55, 70.55),
+    "llama3.2-1b": (1.236, 1.236),
     "llama3.1-8b": (8.03, 8.03),
     "llama3.1-70b": (70.55, 70.55),
     "llama3.1-405b": (405.85, 405.85),
