@@ -7,20 +7,16 @@ packed segment; segment 0 is padding or an empty cache slot.
 
 from __future__ import annotations
 
-import jax
-import jax.numpy as jnp
 from flax import struct
 
 from llmjax import sharding
-from llmjax.models.blocked_attention import attention_mask, blocked_attention
+from llmjax.kernels.attention.choose import attend
 from llmjax.models.cache import LayerCache, append
 from llmjax.models.config import UNLIMITED, ModelConfig
 from llmjax.models.layers import apply_rope, residual_scale, rms_norm
 from llmjax.models.linear import Weight, linear
 from llmjax.models.spec import param
 from llmjax.typing import Array, Float, Int
-
-MASKED = -1e30
 
 
 @struct.dataclass
@@ -110,14 +106,12 @@ def _scale(cfg: ModelConfig) -> float:
 
 def attend_sequence(q_BTNH, k_BSKH, v_BSKH, segment_ids_BT, cfg: ModelConfig, window=UNLIMITED, sinks_N=None):
     """A whole sequence attends to itself: [B, T, N, width of v]."""
-    blocked = sharding.platform() == "cpu" and not cfg.attention_softcap and sinks_N is None
 
     def local(q, k, v, segments, window, sinks):
-        if blocked:
-            return blocked_attention(q, k, v, segments, _scale(cfg), window)
-        slots = jnp.arange(q.shape[1])
-        mask_BTS = attention_mask(segments, segments, slots, slots, window)
-        return dot_product_attention(q, k, v, mask_BTS, _scale(cfg), cfg.attention_softcap, sinks)
+        return attend(
+            q, k, v, segments, segments, scale=_scale(cfg), window=window, softcap=cfg.attention_softcap, sinks_N=sinks,
+            kernel=cfg.attention_kernel,
+        )  # fmt: skip
 
     return _run_local(local, ["BTNH", "BSKH", "BSKH", "BT"], (q_BTNH, k_BSKH, v_BSKH, segment_ids_BT), window, sinks_N)
 
@@ -126,9 +120,10 @@ def attend_cached(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, cache, start, cfg, wind
     """T new queries attend to a cache in which they begin at slot `start`. kv: letter of the heads' axis in the cache."""
 
     def local(q, k, v, q_segments, k_segments, start, window, sinks):
-        q_slots = start + jnp.arange(q.shape[1])
-        mask_BTS = attention_mask(q_segments, k_segments, q_slots, jnp.arange(k.shape[1]), window)
-        return dot_product_attention(q, k, v, mask_BTS, _scale(cfg), cfg.attention_softcap, sinks)
+        return attend(
+            q, k, v, q_segments, k_segments, start=start, scale=_scale(cfg), window=window, softcap=cfg.attention_softcap,
+            sinks_N=sinks,
+        )  # fmt: skip
 
     letters = ["BTNH", f"BS{kv}H", f"BS{kv}H", "BT", "BS", ""]
     args = (q_BTNH, k_BSKH, v_BSKH, q_segments_BT, cache.segment_ids, start)
@@ -148,33 +143,3 @@ def _run_local(fn, letters, args, window, sinks_N):
         return fn(*rest, own_window, sinks)
 
     return sharding.local(call, letters, "BTNH")(*args)
-
-
-def dot_product_attention(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    mask_BTS: Array,
-    scale: float,
-    softcap: float = 0.0,
-    sinks_N: Array | None = None,
-) -> Array:
-    """softmax(scale q k^T) v with scores and softmax in float32: the plain form. Returns [B, T, N, width of v].
-
-    softcap: scores become softcap tanh(scores / softcap). sinks: a logit per head that takes part in the softmax and
-    carries no value (gpt-oss).
-    """
-    b, t, n, h = q_BTNH.shape
-    kv_heads = k_BSKH.shape[2]
-    q = q_BTNH.reshape(b, t, kv_heads, n // kv_heads, h)
-    scores = jnp.einsum("btkgh,bskh->bkgts", q, k_BSKH, preferred_element_type=jnp.float32) * scale
-    if softcap:
-        scores = softcap * jnp.tanh(scores / softcap)
-    scores = jnp.where(mask_BTS[:, None, None], scores, MASKED)
-    if sinks_N is None:
-        weights = jax.nn.softmax(scores, axis=-1)
-    else:
-        sinks = sinks_N.astype(jnp.float32).reshape(kv_heads, -1, 1, 1)
-        column = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
-        weights = jax.nn.softmax(jnp.concatenate([scores, column], axis=-1), axis=-1)[..., :-1]
-    return jnp.einsum("bkgts,bskh->btkgh", weights.astype(v_BSKH.dtype), v_BSKH).reshape(b, t, n, -1)

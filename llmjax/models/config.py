@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from llmjax.config import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, Range
 from llmjax.errors import UserError
+from llmjax.kernels import AttentionKernel
 
 UNLIMITED = 2**30  # the window of a layer that sees all earlier tokens
 
@@ -153,6 +154,8 @@ class ModelConfig:
     vocab_size: 0 takes the tokenizer's size. dtype: of activations ("bfloat16" on accelerators); parameters,
     norms, softmax, router and losses are float32. layer_loop: "scan" compiles one block whatever the depth,
     "unroll" runs 10-15 % faster on CPU; "auto" chooses by backend. remat: recompute blocks in the backward pass.
+    attention_kernel: how whole sequences attend, in `llmjax.kernels.attention`: "plain" keeps all scores, "chunked" has bounded
+    memory, "blocked" is fast for short sequences on CPU; "auto" chooses by platform and length.
 
     The rest tells families apart. activation: "silu" (SwiGLU), "gelu" (GeGLU, tanh form) or "clipped_silu" (gpt-oss), its
     inputs clipped at activation_limit. sliding_window: tokens that a local layer sees, itself included; 0: no local layers;
@@ -182,6 +185,7 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"
     layer_loop: Literal["auto", "scan", "unroll"] = "auto"
     remat: bool = False
+    attention_kernel: AttentionKernel = "auto"
     activation: Literal["silu", "gelu", "clipped_silu"] = "silu"
     activation_limit: PositiveFloat = 7.0
     rope_scaling: RopeScaling | None = None
@@ -290,6 +294,9 @@ class ModelConfig:
         if self.moe is not None and self.moe.first_k_dense + self.moe.every > self.num_layers:
             below = f"moe.first_k_dense={self.moe.first_k_dense} and moe.every={self.moe.every}"
             raise UserError(f"{below} leave no sparse layer of num_layers={self.num_layers}; their sum must not exceed it")
+        if self.attention_kernel == "blocked" and (self.attention_softcap or self.attention_sinks):
+            what = "attention_sinks" if self.attention_sinks else f"attention_softcap={self.attention_softcap}"
+            raise UserError(f"attention_kernel=blocked does not know {what}; take auto, chunked or plain")
         if self.mla is not None:
             plain = dict(qk_norm="none", attention_sinks=False, qkv_bias=False, out_bias=False)
             for name, value in plain.items():

@@ -13,6 +13,7 @@ PACKAGE = ROOT / "llmjax"
 LAYERS = [
     {"config", "typing", "errors", "files", "runtime", "units", "results"},
     {"sharding"},
+    {"kernels"},
     {"data", "models"},
     {"tasks", "generation", "interop"},
     {"objectives"},

@@ -1,13 +1,19 @@
 """Attention: equal to its definition, causal, blind to padding and to packed neighbours."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
 
-from llmjax.models.attention import dot_product_attention
-from llmjax.models.blocked_attention import blocked_attention
+from llmjax.config import validate
+from llmjax.errors import UserError
+from llmjax.kernels.attention.blocked import blocked_attention
+from llmjax.kernels.attention.chunked import chunked_attention
+from llmjax.kernels.attention.mask import attention_mask
+from llmjax.kernels.attention.plain import plain_attention
 
 both = pytest.mark.parametrize("cfg", tiny.MODELS.values(), ids=tiny.MODELS.keys())
 
@@ -29,7 +35,7 @@ def attention_by_loops(q, k, v, segments):
 
 
 @pytest.mark.parametrize("length, heads, kv_heads", [(1, 4, 2), (7, 4, 2), (8, 4, 2), (8, 4, 4), (12, 3, 1)])
-def test_both_forms_equal_the_loop(length, heads, kv_heads):
+def test_all_forms_equal_the_loop(length, heads, kv_heads):
     rng = np.random.default_rng(length)
     q = rng.normal(size=(2, length, heads, 6)).astype(np.float32)
     k, v = rng.normal(size=(2, 2, length, kv_heads, 6)).astype(np.float32)
@@ -37,8 +43,9 @@ def test_both_forms_equal_the_loop(length, heads, kv_heads):
     causal = np.tril(np.ones((length, length), bool))
     mask = causal & (segments[:, :, None] == segments[:, None, :])
     expected = attention_by_loops(q.astype(np.float64), k.astype(np.float64), v.astype(np.float64), segments)
-    np.testing.assert_allclose(jax.jit(dot_product_attention)(q, k, v, mask, 6**-0.5), expected, atol=2e-6)
+    np.testing.assert_allclose(jax.jit(plain_attention)(q, k, v, mask, 6**-0.5), expected, atol=2e-6)
     np.testing.assert_allclose(jax.jit(blocked_attention)(q, k, v, segments, 6**-0.5), expected, atol=2e-6)
+    np.testing.assert_allclose(chunked_attention(q, k, v, segments, segments, 0, 6**-0.5, chunk=3), expected, atol=2e-6)
 
 
 def test_gradients_of_both_forms_are_equal():
@@ -48,9 +55,106 @@ def test_gradients_of_both_forms_are_equal():
     out = rng.normal(size=q.shape).astype(np.float32)
     segments = np.array([[1] * 8, [1, 1, 1, 2, 2, 2, 0, 0]])
     mask = np.tril(np.ones((8, 8), bool)) & (segments[:, :, None] == segments[:, None, :])
-    plain = tiny.value_and_grads(lambda q, k, v: jnp.sum(out * dot_product_attention(q, k, v, mask, 0.4)), q, k, v)
+    plain = tiny.value_and_grads(lambda q, k, v: jnp.sum(out * plain_attention(q, k, v, mask, 0.4)), q, k, v)
     blocked = tiny.value_and_grads(lambda q, k, v: jnp.sum(out * blocked_attention(q, k, v, segments, 0.4)), q, k, v)
     tiny.assert_trees_close(blocked, plain, 1e-5)
+
+
+def packed(rng, length, starts):
+    """Segments of three sequences: documents from `starts` on, and padding behind the last of them."""
+    ids = np.zeros((3, length), np.int32)
+    for row in ids:
+        for number, start in enumerate(starts, 1):
+            row[start:] = number
+        row[rng.integers(starts[-1] + 1, length + 1) :] = 0
+    return ids
+
+
+# Documents are longer than a window and than a chunk, so that each bound decides something.
+CHUNKED = {
+    "causal": dict(),
+    "lengths that do not divide": dict(length=61),
+    "window": dict(window=9),
+    "window of one chunk": dict(window=8),
+    "soft-cap": dict(softcap=1.5),
+    "sinks": dict(sinks=True),
+    "everything": dict(window=11, softcap=1.5, sinks=True, length=59),
+    "one kv head": dict(kv_heads=1),
+    "no groups": dict(kv_heads=4),
+    "narrow values": dict(v_dim=3),
+    "a cache": dict(start=17, length=13),
+    "a cache and a window": dict(start=21, length=13, window=6, sinks=True),
+    "one query": dict(start=40, length=1),
+}
+
+
+def sides(window=None, softcap=0.0, sinks=False, length=64, kv_heads=2, v_dim=6, start=0, chunk=8, wrong=None):
+    """(value, gradients) by the plain form and by the chunked one; wrong: a change of the chunked one's arguments."""
+    rng = np.random.default_rng(length)
+    slots = length if not start else 64
+    segments = packed(rng, slots, (0, 20, 45) if slots > 45 else (0,))
+    q = rng.normal(size=(3, length, 4, 6)).astype(np.float32)
+    k, v = (rng.normal(size=(3, slots, kv_heads, width)).astype(np.float32) for width in (6, v_dim))
+    sinks_N = rng.normal(size=4).astype(np.float32) if sinks else None
+    out = rng.normal(size=(3, length, 4, v_dim)).astype(np.float32)
+    own = segments[:, start : start + length]
+    mask = attention_mask(own, segments, start + jnp.arange(length), jnp.arange(slots), window)
+    arguments = dict(q_segments_BT=own, k_segments_BS=segments, start=start, scale=0.4, window=window, softcap=softcap)
+    arguments |= {} if wrong is None else wrong(arguments)
+
+    def plain(q, k, v, sinks_N):
+        return jnp.sum(out * plain_attention(q, k, v, mask, 0.4, softcap, sinks_N))
+
+    def chunked(q, k, v, sinks_N):
+        return jnp.sum(out * chunked_attention(q, k, v, sinks_N=sinks_N, chunk=chunk, **arguments))
+
+    return [tiny.value_and_grads(fn, q, k, v, sinks_N) for fn in (plain, chunked)]
+
+
+@pytest.mark.parametrize("case", CHUNKED.values(), ids=CHUNKED.keys())
+def test_chunks_equal_the_plain_form_in_value_and_gradients(case):
+    plain, chunked = sides(**case)
+    tiny.assert_trees_close(chunked, plain, 2e-5)
+
+
+@pytest.mark.parametrize("wrong", [
+    lambda a: {"k_segments_BS": np.ones_like(a["k_segments_BS"]), "q_segments_BT": np.ones_like(a["q_segments_BT"])},
+    lambda a: {"window": a["window"] - 1},
+    lambda a: {"window": a["window"] + 1},
+    lambda a: {"softcap": 0.0},
+    lambda a: {"scale": 1.0},
+    lambda a: {"start": 1},
+], ids=["segments", "window - 1", "window + 1", "soft-cap", "scale", "start"])  # fmt: skip
+def test_a_wrong_form_is_noticed(wrong):
+    plain, chunked = sides(window=11, softcap=1.5, sinks=True, wrong=wrong)
+    for ours, theirs in zip(jax.tree.leaves(chunked), jax.tree.leaves(plain)):
+        assert np.abs(np.asarray(ours) - theirs).max() > 1e-3
+
+
+def test_memory_of_chunks_does_not_grow_with_the_square_of_the_length():
+    def scores(length):
+        x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+        ids = jax.ShapeDtypeStruct((1, length), jnp.int32)
+        fn = jax.grad(lambda q, k, v, ids: jnp.sum(chunked_attention(q, k, v, ids, ids, 0, 0.4)), argnums=(0, 1, 2))
+        return jax.jit(fn).lower(x, x, x, ids).compile().memory_analysis().temp_size_in_bytes
+
+    assert scores(8192) < 4 * 1.1 * scores(2048)
+
+
+def test_a_form_that_does_not_serve_the_model_is_refused():
+    cfg = next(iter(tiny.MODELS.values()))
+    with pytest.raises(UserError, match="attention_kernel=blocked does not know attention_softcap=5.0; take auto"):
+        validate(dataclasses.replace(cfg, attention_kernel="blocked", attention_softcap=5.0))
+    with pytest.raises(UserError, match="attention_kernel=blocked does not know attention_sinks"):
+        validate(dataclasses.replace(cfg, attention_kernel="blocked", attention_sinks=True))
+
+
+@pytest.mark.parametrize("kernel", ["plain", "blocked", "chunked"])
+def test_every_form_by_name_gives_the_same_logits(kernel):
+    cfg = next(iter(tiny.MODELS.values()))
+    params, text = tiny.language_model(cfg), tiny.tokens(cfg, 2, 12)
+    own = dataclasses.replace(cfg, attention_kernel=kernel)
+    np.testing.assert_allclose(tiny.logits(params, text, own), tiny.logits(params, text, cfg), atol=1e-5)
 
 
 @both

@@ -12,15 +12,14 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from llmjax.models.config import UNLIMITED
+from llmjax.kernels.attention.mask import MASKED, attention_mask
 from llmjax.typing import Array
 
 NUM_QUERY_BLOCKS = 4
-_MASKED = -1e30
 
 
 def blocked_attention(
-    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segment_ids_BT: Array, scale: float, window: int | Array = UNLIMITED
+    q_BTNH: Array, k_BSKH: Array, v_BSKH: Array, segment_ids_BT: Array, scale: float, window: int | Array | None = None
 ) -> Array:
     """softmax(scale * q k^T) v over the keys of the same segment that are not later and less than `window` slots back.
 
@@ -31,18 +30,9 @@ def blocked_attention(
     q_XTH = _fold_heads(q_BTNH * jnp.asarray(scale, q_BTNH.dtype))
     k_XHS = jnp.repeat(k_BSKH, group, axis=2).transpose(0, 2, 3, 1).reshape(b * n, h, t)
     v_XSH = _fold_heads(jnp.repeat(v_BSKH, group, axis=2))
-    static = window if isinstance(window, int) else None
-    y_XTH = _attend(q_XTH, k_XHS, v_XSH, segment_ids_BT, window if static is None else None, static)
+    static = window if window is None or isinstance(window, int) else -1  # -1: it is traced
+    y_XTH = _attend(q_XTH, k_XHS, v_XSH, segment_ids_BT, window if static == -1 else None, static)
     return y_XTH.reshape(b, n, t, -1).transpose(0, 2, 1, 3)
-
-
-def attention_mask(q_segments_BT, k_segments_BS, q_slots_T, k_slots_S, window=UNLIMITED) -> Array:
-    """[B, T, S] bool: the one rule of who sees whom. window: an int, or a traced scalar in a scan over layers."""
-    distance_TS = q_slots_T[:, None] - k_slots_S[None, :]
-    seen_TS = distance_TS >= 0
-    if not isinstance(window, int) or window < UNLIMITED:
-        seen_TS &= distance_TS < window
-    return seen_TS & (q_segments_BT[:, :, None] == k_segments_BS[:, None, :])
 
 
 def _fold_heads(x_BTNH: Array) -> Array:
@@ -60,14 +50,14 @@ def _attend(q_XTH, k_XHS, v_XSH, segment_ids_BT, traced_window, static_window):
 
 def _attend_fwd(q_XTH, k_XHS, v_XSH, segment_ids_BT, traced_window, static_window):
     """X = batch x heads. Keeps the weights of the softmax, [X, T / 4, S] for each query block, for the backward pass."""
-    window = traced_window if static_window is None else static_window
+    window = traced_window if static_window == -1 else static_window
     outputs, weights = [], []
     for start, end in _query_blocks(q_XTH.shape[1]):
         slots = jnp.arange(end)
         mask_BTS = attention_mask(segment_ids_BT[:, start:end], segment_ids_BT[:, :end], slots[start:], slots, window)
         scores = _product(q_XTH[:, start:end], k_XHS[:, :, :end])
         by_head = scores.reshape(mask_BTS.shape[0], -1, *mask_BTS.shape[1:])
-        probs = jax.nn.softmax(jnp.where(mask_BTS[:, None], by_head, _MASKED), axis=-1)
+        probs = jax.nn.softmax(jnp.where(mask_BTS[:, None], by_head, MASKED), axis=-1)
         weights.append(probs.reshape(scores.shape).astype(v_XSH.dtype))
         outputs.append(_product(weights[-1], v_XSH[:, :end]).astype(v_XSH.dtype))
     y_XTH = jnp.concatenate(outputs, axis=1)
