@@ -95,14 +95,21 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def walk(text: str) -> Iterator[tuple[str, int]]:
-    """(line, how often it runs) of all that the entry calls; a loop of unknown trips counts once."""
+    """(line, how often it runs) of all that the entry calls; a loop whose trips depend on data counts once."""
     found, entry = computations(text)
+
+    def trips(line: str) -> int:
+        if known := _TRIPS.search(line):
+            return int(known[1])
+        condition = re.search(r"condition=%?([\w.-]+)", line)
+        lines = found.get(condition[1], []) if condition else []
+        bounds = re.findall(r" constant\((\d+)\)", "\n".join(lines))
+        return int(bounds[0]) if len(bounds) == 1 else 1
 
     def visit(name: str, times: int) -> Iterator[tuple[str, int]]:
         for line in found.get(name, []):
             yield line, times
-            trips = _TRIPS.search(line)
-            more = int(trips[1]) if trips and " while(" in line else 1
+            more = trips(line) if " while(" in line else 1
             called = _CALLED.findall(line) + [one.strip(" %") for group in _BRANCHES.findall(line) for one in group.split(",")]
             for callee in called:
                 yield from visit(callee, times * more)
@@ -125,10 +132,18 @@ def group_size(line: str) -> int:
 def sent(text: str) -> Counter[tuple[str, str]]:
     """Bytes that one device sends in a step, by (kind, dtype): ring formulas, times the trips of the loops."""
     total: Counter[tuple[str, str]] = Counter()
+    pieces = set()
     for line, times in walk(text):
         found = _COLLECTIVE.search(line)
         if not found:
             continue
+        # A TPU's asynchronous collective stands in its start, its steps and its end: pieces of one channel, on a parameter.
+        channel = re.search(r"channel_id=(\d+)", line)
+        if channel and "(%param" in line:
+            piece = channel[1], found["kind"], re.sub(r"\{.*?\}|\S\(1\)", "", found["shape"]), times
+            if piece in pieces:
+                continue
+            pieces.add(piece)
         kind, n, shapes = found["kind"], group_size(line), _SHAPE.findall(found["shape"])
         if found["start"] and kind != "all-reduce":  # (operands..., results...): take the results
             shapes = shapes[len(shapes) // 2 :]
