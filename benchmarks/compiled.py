@@ -40,8 +40,9 @@ _ONE = flags.DEFINE_string("one", "", "internal: the row that this process compi
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A train step. topology: of the devices (cuda: hosts x 1 x cards). mesh: sizes of axes, the others are 1. rows: sequences
-    of a device's part of the batch, each `length` tokens. layers: how many of the model's, all by 0. peak, sent: bars, GiB."""
+    """A train step, or with `new` tokens the answers to prompts of `length`. topology: of the devices (cuda: hosts x 1 x
+    cards). mesh: sizes of axes, the others are 1. rows: sequences in a part of the batch. peak, sent: bars, GiB; in_loops: what
+    may be sent in the loops of decoding, for each token."""
 
     name: str
     backend: str
@@ -52,7 +53,8 @@ class Row:
     length: int
     peak: float
     sent: float = 0.0
-    layers: int = 0
+    new: int = 0
+    in_loops: float = 0.0
 
 
 TABLE = [
@@ -60,6 +62,8 @@ TABLE = [
     Row("llama3.2-1b-4k", "cuda", "1x1x8", dict(fsdp=8), "llama3.2-1b", 2, 4096, 16),
     Row("llama3.2-1b-8k", "cuda", "1x1x8", dict(fsdp=8), "llama3.2-1b", 1, 8192, 16),
     Row("qwen3-30b", "cuda", "8x1x8", dict(fsdp=8, expert=8), "qwen3-30b-a3b", 1, 4096, 16, 50),
+    Row("decode-8b", "cuda", "1x1x8", dict(tensor=8), "llama3-8b", 64, 7680, 20, new=512, in_loops=0.1),
+    Row("decode-1b-fsdp", "cuda", "1x1x8", dict(fsdp=8), "llama3.2-1b", 8, 1024, 20, new=256, in_loops=0.001),
     Row("v5e-1b-8k", "tpu", "v5e:2x2", dict(fsdp=4), "llama3.2-1b", 1, 8192, 15.75),
     Row("v5p-1b-32k", "tpu", "v5p:2x2x2", dict(fsdp=8), "llama3.2-1b", 1, 32768, 95.7),
     Row("v5p-qwen3-30b", "tpu", "v5p:4x4x4", dict(fsdp=4, expert=16), "qwen3-30b-a3b", 1, 4096, 17),
@@ -94,27 +98,27 @@ def computations(text: str) -> tuple[dict[str, list[str]], str]:
     return found, entry
 
 
-def walk(text: str) -> Iterator[tuple[str, int]]:
-    """(line, how often it runs) of all that the entry calls; a loop whose trips depend on data counts once."""
+def walk(text: str) -> Iterator[tuple[str, int, bool]]:
+    """(line, how often it runs, whether that is a turn of a loop whose trips depend on data) of all that the entry calls."""
     found, entry = computations(text)
 
-    def trips(line: str) -> int:
+    def trips(line: str) -> int:  # 0: they depend on data
         if known := _TRIPS.search(line):
             return int(known[1])
         condition = re.search(r"condition=%?([\w.-]+)", line)
         lines = found.get(condition[1], []) if condition else []
         bounds = re.findall(r" constant\((\d+)\)", "\n".join(lines))
-        return int(bounds[0]) if len(bounds) == 1 else 1
+        return int(bounds[0]) if len(bounds) == 1 else 0
 
-    def visit(name: str, times: int) -> Iterator[tuple[str, int]]:
+    def visit(name: str, times: int, turn: bool) -> Iterator[tuple[str, int, bool]]:
         for line in found.get(name, []):
-            yield line, times
+            yield line, times, turn
             more = trips(line) if " while(" in line else 1
             called = _CALLED.findall(line) + [one.strip(" %") for group in _BRANCHES.findall(line) for one in group.split(",")]
             for callee in called:
-                yield from visit(callee, times * more)
+                yield from visit(callee, times * max(more, 1), turn or not more)
 
-    yield from visit(entry, 1)
+    yield from visit(entry, 1, False)
 
 
 def group_size(line: str) -> int:
@@ -130,10 +134,11 @@ def group_size(line: str) -> int:
 
 
 def sent(text: str) -> Counter[tuple[str, str]]:
-    """Bytes that one device sends in a step, by (kind, dtype): ring formulas, times the trips of the loops."""
+    """Bytes that one device sends in a step, by (kind, dtype): ring formulas, times the trips of the loops; what stands in
+    loops whose trips depend on data has (kind, dtype + " a turn")."""
     total: Counter[tuple[str, str]] = Counter()
     pieces = set()
-    for line, times in walk(text):
+    for line, times, turn in walk(text):
         found = _COLLECTIVE.search(line)
         if not found:
             continue
@@ -154,7 +159,7 @@ def sent(text: str) -> Counter[tuple[str, str]]:
             for size in filter(None, sizes.split(",")):
                 count *= int(size)
             whole = {"reduce-scatter": n, "all-reduce": 2, "collective-permute": n / (n - 1)}.get(kind, 1)
-            total[kind, dtype] += times * count * DTYPE_BYTES[dtype] * whole * (n - 1) / n
+            total[kind, f"{dtype} a turn" if turn else dtype] += times * count * DTYPE_BYTES[dtype] * whole * (n - 1) / n
     return total
 
 
@@ -177,6 +182,35 @@ def devices_of(row: Row):
     return topologies.get_topology_desc(platform="cuda", target_config=target, topology=row.topology).devices
 
 
+def train_step(row: Row, cfg, mesh, shards: int):
+    """The update of pre-training."""
+    from llmjax.models.stats import train_flops_per_token
+    from llmjax.models.transformer import transformer_spec
+    from llmjax.objectives.lm import lm_loss
+    from llmjax.training.optimizer import OptimizerConfig
+    from llmjax.training.program import language_batch, train_program
+
+    return train_program(
+        lambda params, batch, key: lm_loss(params, batch, key, cfg), transformer_spec(cfg), OptimizerConfig(), 1000,
+        language_batch(row.rows * shards, row.length, mesh), mesh, tokens=row.rows * shards * row.length,
+        flops_per_token=train_flops_per_token(cfg, row.length),
+    )  # fmt: skip
+
+
+def answers(row: Row, cfg, mesh, shards: int):
+    """The answers of a rollout."""
+    from llmjax.generation.sampling import SamplingConfig
+    from llmjax.rl.algorithms import GRPO
+    from llmjax.rl.learner import Learner
+    from llmjax.training.optimizer import OptimizerConfig
+
+    learner = Learner(
+        cfg, mesh, GRPO(group_size=8), OptimizerConfig(), SamplingConfig(row.new), steps=1, batch_size=row.rows * shards,
+        epochs=1, minibatches=1, prompt_length=row.length, stop_ids=(0,), pad_id=0,
+    )  # fmt: skip
+    return learner.programs().sample
+
+
 def compile_row(row: Row) -> dict:
     """Compiles a row; what is known of it."""
     import numpy as np
@@ -185,25 +219,14 @@ def compile_row(row: Row) -> dict:
     from llmjax import sharding
     from llmjax.config import apply_overrides
     from llmjax.models.presets import preset
-    from llmjax.models.stats import train_flops_per_token
-    from llmjax.models.transformer import transformer_spec
-    from llmjax.objectives.lm import lm_loss
-    from llmjax.training.optimizer import OptimizerConfig
-    from llmjax.training.program import language_batch, train_program
 
     cfg = dataclasses.replace(preset(row.model), remat=True)
     cfg = apply_overrides(cfg, [tuple(change.split("=", 1)) for change in SET.value])
-    if row.layers:
-        cfg = dataclasses.replace(cfg, num_layers=row.layers)
     shape = [row.mesh.get(axis, 1) for axis in sharding.MESH_AXES]
     devices = np.array(devices_of(row))[: math.prod(shape)].reshape(shape)
     mesh = Mesh(devices, sharding.MESH_AXES, axis_types=(AxisType.Auto,) * len(shape))
     shards = math.prod(row.mesh.get(axis, 1) for axis in sharding.BATCH_AXES)
-    batch = language_batch(row.rows * shards, row.length, mesh)
-    program = train_program(
-        lambda params, batch, key: lm_loss(params, batch, key, cfg), transformer_spec(cfg), OptimizerConfig(), 1000, batch,
-        mesh, tokens=row.rows * shards * row.length, flops_per_token=train_flops_per_token(cfg, row.length),
-    )  # fmt: skip
+    program = answers(row, cfg, mesh, shards) if row.new else train_step(row, cfg, mesh, shards)
     with sharding.use_mesh(mesh):
         began = time.monotonic()
         compiled = program.lower().compile()
@@ -256,9 +279,10 @@ def told(row: Row, found: dict) -> list[str]:
     lines += [f"  {kind}: {n:.2f} GiB" for kind, n in found["kinds"].items() if n >= 0.005]
     if found["kernels"]:
         lines.append("  kernels: " + ", ".join(f"{name} x {n}" for name, n in sorted(found["kernels"].items())))
-    for name, bar in (("peak", row.peak), ("sent", row.sent)):
+    found["in_loops"] = sum(n for kind, n in found["kinds"].items() if kind.endswith("a turn"))
+    for name, bar in (("peak", row.peak), ("sent", row.sent), ("in_loops", row.in_loops)):
         if bar and found[name] > bar:
-            lines.append(f"  MISSED: {name} {found[name]:.1f} of at most {bar:g} GiB")
+            lines.append(f"  MISSED: {name} {found[name]:.3g} of at most {bar:g} GiB")
     return lines
 
 

@@ -162,11 +162,20 @@ def named_sharding(mesh: Mesh | None, axes: Sequence[str | None], shape: Sequenc
 
 def constrain(x: Array, letters: str) -> Array:
     """States that `x`, with axes `letters`, is sharded as computations shard it. Identity without a mesh."""
+    return _constrained(x, letters_spec(letters))
+
+
+def _constrained(x: Array, spec: PartitionSpec) -> Array:
     mesh = _active_mesh()
     if mesh is None:
         return x
-    spec = letters_spec(letters)
     return jax.sharding.reshard(x, spec) if _is_explicit(mesh) else jax.lax.with_sharding_constraint(x, spec)
+
+
+def place(x: Array, axes: Sequence[str | None], stored: bool = False) -> Array:
+    """States that a parameter with these logical axes is sharded as computations read it, or as it is stored. Identity
+    without a mesh."""
+    return _constrained(x, partition_spec(axes, gathered=not stored))
 
 
 def gathered(w: Array, letters: str, dtype) -> Array:

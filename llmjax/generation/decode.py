@@ -18,8 +18,10 @@ from llmjax import sharding
 from llmjax.generation.sampling import SamplingConfig, sample
 from llmjax.models.cache import LayerCache, init_cache
 from llmjax.models.config import ModelConfig
-from llmjax.models.transformer import Params, cached_hidden_states, logits, unstacked
+from llmjax.models.transformer import Params, cached_hidden_states, for_decoding, logits, unstacked
 from llmjax.typing import Array, Int
+
+PREFILL_TOKENS = 1024  # of each prompt at a time
 
 
 @struct.dataclass
@@ -44,9 +46,24 @@ class Generation:
 
 
 def prefill(params: Params, prompt_BT: Array, segment_ids_BT: Array, cfg: ModelConfig, size: int) -> DecodeState:
-    """Runs prompts, padded on the left (segment 0), into a fresh cache of `size` slots."""
+    """Runs prompts, padded on the left (segment 0), into a fresh cache of `size` slots; long ones PREFILL_TOKENS at a time, so
+    that memory does not grow with them beyond the cache."""
+    b, length = prompt_BT.shape
     positions_BT = jnp.maximum(jnp.cumsum(segment_ids_BT, axis=1) - 1, 0)
-    return _append(params, prompt_BT, positions_BT, segment_ids_BT, init_cache(cfg, prompt_BT.shape[0], size), cfg)
+    whole, cache = (prompt_BT, positions_BT, segment_ids_BT), init_cache(cfg, b, size)
+    pieces = length // PREFILL_TOKENS
+    if pieces < 2 or not isinstance(prompt_BT, jax.core.Tracer):  # outside of `jax.jit` a scan would compile each length
+        return _append(params, *whole, cache, cfg)
+    first = length - (pieces - 1) * PREFILL_TOKENS  # whatever does not divide goes with the first piece
+
+    def piece(state: DecodeState, part) -> tuple[DecodeState, None]:
+        return _append(params, *part, state.cache, cfg), None
+
+    def cut(x_BT):
+        return x_BT[:, first:].reshape(b, pieces - 1, PREFILL_TOKENS).swapaxes(0, 1)
+
+    state = _append(params, *(x_BT[:, :first] for x_BT in whole), cache, cfg)
+    return jax.lax.scan(piece, state, tuple(cut(x_BT) for x_BT in whole))[0]
 
 
 def decode_step(params: Params, state: DecodeState, tokens_B: Array, cfg: ModelConfig) -> DecodeState:
@@ -88,7 +105,7 @@ def generate(
     """
     b, prompt_length = prompt_BT.shape
     new = sampling.max_new_tokens
-    params = unstacked(params, cfg)
+    params = for_decoding(params, cfg)
     state = prefill(params, prompt_BT, segment_ids_BT, cfg, prompt_length + new)
     tokens_BR = sharding.constrain(jnp.full((b, new), pad_id, jnp.int32), "B.")
     floats_BR = sharding.constrain(jnp.zeros((b, new), jnp.float32), "B.")

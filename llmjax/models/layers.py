@@ -117,12 +117,22 @@ def residual_scale(cfg: ModelConfig) -> float:
     return (2 * cfg.num_layers) ** -0.5
 
 
-def embed_tokens(table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype) -> Float[Array, "B T D"]:
-    """Rows of the table. On a mesh the table is gathered first, in `dtype`, so the look-up is local."""
+def embed_tokens(
+    table_VD: Float[Array, "V D"], tokens_BT: Int[Array, "B T"], dtype, stored: bool = True
+) -> Float[Array, "B T D"]:
+    """Rows of the table. stored: on a mesh it lies as parameters do, is gathered over fsdp, in `dtype`, and its gradient is
+    scattered back; else it was gathered before (`for_decoding`). Over `tensor` each device looks up the tokens of its part of
+    the vocabulary, and the parts are added."""
 
     def look_up(table, tokens):
-        if sharding.axis_size("fsdp") * sharding.axis_size("tensor") > 1:
-            table = sharding.gather_stored(table.astype(dtype), "VD")
-        return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
+        if stored and sharding.axis_size("fsdp") > 1:
+            table = sharding.gather_stored(table.astype(dtype), "VD", over=("fsdp",))
+        if sharding.axis_size("tensor") == 1:
+            return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
+        own = tokens - jax.lax.axis_index("tensor") * table.shape[0]
+        here = (own >= 0) & (own < table.shape[0])
+        rows = jnp.take(table, own, axis=0, mode="clip").astype(dtype)
+        return jax.lax.psum(jnp.where(here[..., None], rows, 0), "tensor")
 
-    return sharding.local(look_up, ["=VD", "BT"], "BTD")(table_VD, tokens_BT)
+    tokens_BT = jnp.clip(tokens_BT, 0, table_VD.shape[0] - 1)
+    return sharding.local(look_up, ["=VD" if stored else "VD", "BT"], "BTD")(table_VD, tokens_BT)

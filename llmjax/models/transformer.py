@@ -160,7 +160,7 @@ def cached_hidden_states(
     """
     cfg, params = cfg.dropless(), unstacked(params, cfg)
     tokens_BT, positions_BT, segment_ids_BT = (sharding.constrain(a, "BT") for a in (tokens_BT, positions_BT, segment_ids_BT))
-    x_BTD, ropes = _compiled_embedded(params.embed, tokens_BT, positions_BT, cfg=cfg)
+    x_BTD, ropes = _compiled_embedded(params.embed, tokens_BT, positions_BT, cfg=cfg, stored=False)
     layers: Any = params.blocks
     caches, all_stats = [], []
     for w, window, layer_cache in zip(layers, cfg.windows, cache, strict=True):
@@ -185,14 +185,42 @@ def unstacked(params: Params, cfg: ModelConfig) -> Params:
     return dataclasses.replace(params, blocks=layers, dense_blocks=None, mtp=None)
 
 
+def for_decoding(params: Params, cfg: ModelConfig) -> Params:
+    """`unstacked`, with every matrix in the dtype of the activations and gathered over fsdp: once for many tokens, each of
+    which would else read all of them in float32, and on a mesh receive them. To be called where the tokens are made, inside a
+    function under `jax.jit`. Weights with a low-rank update of their own stay as they are.
+    """
+    if isinstance(params.blocks, tuple):
+        return params
+
+    def cast(path, spec, w):
+        matrix = isinstance(w, jax.Array) and spec.constant is None and path[-1].name != "router"  # which computes in float32
+        return sharding.place(w.astype(cfg.dtype), spec.axes, stored=True) if matrix else w
+
+    specs: Any = dataclasses.replace(transformer_spec(cfg), mtp=None)
+    params = dataclasses.replace(params, mtp=None)
+    laid_out = unstacked(jax.tree_util.tree_map_with_path(cast, specs, params, is_leaf=is_spec), cfg)
+
+    def whole(spec, w):
+        axes = spec.axes[1:] if spec.axes[:1] == ("layers",) else spec.axes
+        return sharding.place(w, axes) if isinstance(w, jax.Array) else w
+
+    blocks = tuple(
+        jax.tree.map(whole, getattr(specs, stack), block, is_leaf=is_spec)
+        for (stack, _), block in zip(layer_rows(cfg), laid_out.blocks, strict=True)  # type: ignore
+    )
+    head = None if laid_out.head is None else whole(specs.head, laid_out.head)
+    return dataclasses.replace(laid_out, blocks=blocks, embed=whole(specs.embed, laid_out.embed), head=head)
+
+
 @jax.jit
 def _row(blocks: Block, row: int) -> Block:
     return jax.tree.map(lambda leaf: jax.lax.dynamic_index_in_dim(leaf, row, keepdims=False), blocks)
 
 
-def _embedded(table_VD, tokens_BT, positions_BT, cfg: ModelConfig):
-    """What the layers start from: embeddings, and the tables of global and of local layers."""
-    x_BTD = embed_tokens(table_VD, tokens_BT, jnp.dtype(cfg.dtype))
+def _embedded(table_VD, tokens_BT, positions_BT, cfg: ModelConfig, stored: bool = True):
+    """What the layers start from: embeddings, and the tables of global and of local layers. stored: see `embed_tokens`."""
+    x_BTD = embed_tokens(table_VD, tokens_BT, jnp.dtype(cfg.dtype), stored)
     if cfg.scale_embedding:
         x_BTD = x_BTD * jnp.asarray(cfg.embed_dim**0.5, x_BTD.dtype)
     return x_BTD, _rope_tables(positions_BT, cfg)
@@ -274,7 +302,7 @@ def _layer(
     return x_BTD + _optional_norm(y_BTD, w.mlp_post_norm, cfg), cache, stats
 
 
-_compiled_embedded = jax.jit(_embedded, static_argnames="cfg")
+_compiled_embedded = jax.jit(_embedded, static_argnames=("cfg", "stored"))
 _compiled_layer = jax.jit(_layer, static_argnames=("window", "cfg"), donate_argnames="cache")
 _compiled_norm = jax.jit(rms_norm, static_argnums=(2, 3))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 
+from llmjax.generation import decode
 from llmjax.generation.decode import decode_step, generate, prefill, stream
 from llmjax.generation.sampling import SamplingConfig
 from llmjax.models import transformer
@@ -208,3 +209,15 @@ def test_the_loop_of_generation_reads_no_stacked_weight():
     (loop,) = (eqn for eqn in traced.eqns if eqn.primitive.name == "while")
     shapes = {var.aval.shape for var in loop.invars}
     assert params.blocks.mlp.gate.shape[1:] in shapes and not shapes & {leaf.shape for leaf in jax.tree.leaves(params.blocks)}
+
+
+def test_long_prompts_are_read_in_pieces(monkeypatch):
+    """Whole pieces, a piece that takes what does not divide, padding in front: the same logits, cache and answers."""
+    cfg = tiny.DENSE
+    params, text = tiny.language_model(cfg), tiny.tokens(cfg, 2, 22)
+    segments = np.array([[1] * 22, [0] * 9 + [1] * 13])
+    whole = jax.jit(lambda *prompt: prefill(params, *prompt, cfg, 24))(text, segments)
+    monkeypatch.setattr(decode, "PREFILL_TOKENS", 8)
+    pieces = jax.jit(lambda *prompt: prefill(params, *prompt, cfg, 24))(text, segments)
+    tiny.assert_trees_close(pieces, whole, 2e-5)
+    assert int(pieces.cache[0].length) == 22
