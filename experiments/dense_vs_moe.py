@@ -59,13 +59,13 @@ def get_config(arg: Variant = "quickstart") -> Study:
 def whole_life(dense: quickstart.Variant, moe: quickstart.Variant) -> dict[str, Experiment]:
     """Equal active parameters but for the router, equal tokens, the same batches, from pre-training to PPO."""
     one, other = quickstart.get_config(dense), quickstart.get_config(moe)
-    return {"dense": replace(one, stages=one.stages | {"pretrain": other.stages["pretrain"]}), "moe": other}
+    return {"dense": replace(one, stages=other.stages), "moe": other}
 
 
 def pretraining(size: str) -> Experiment:
     """The dense run that the others are derived from; evaluated often, since its curve against FLOPs is what counts."""
     config = whole_life("test", "test_moe")["dense"] if size else whole_life("dense", "moe")["dense"]
-    config = config.with_stage("pretrain", steps=60 if size else 1400, eval_every=20 if size else 100)
+    config = config.with_stage("pretrain", steps=60 if size else 1400, batch_size=8, eval_every=20 if size else 100)
     return config.only("pretrain")
 
 

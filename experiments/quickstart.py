@@ -46,8 +46,12 @@ def get_config(arg: Variant = "dense") -> Experiment:
         # Two of eight experts are as wide as the dense layer together: equal active parameters, but for the router.
         width = config.model.mlp_dim // 2
         config = replace(config, model=replace(config.model, moe=MoEConfig(num_experts=8, top_k=2, mlp_dim=width)))
-        # A sparse step takes longer on a CPU, and fewer get as far; dense_vs_moe.py compares at equal tokens.
-        config = config.with_stage("pretrain", steps=1400, eval_every=350)
+        # What sits in experts takes longer to come out in a chat; dense_vs_moe.py compares at equal data.
+        config = config.with_stage("pretrain", steps=900, batch_size=16, eval_every=300)
+        config = config.with_stage(
+            "sft", data=WorldDialogues(num_dialogues=16_000), text_fraction=0.5, steps=1000, eval_every=500,
+            optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=20),
+        )  # fmt: skip
     if arg.startswith("full"):
         config = full(config)
     if arg.startswith("test"):
