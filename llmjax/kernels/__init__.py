@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-AttentionKernel = Literal["auto", "plain", "blocked", "chunked"]
+AttentionKernel = Literal["auto", "plain", "blocked", "chunked", "splash"]

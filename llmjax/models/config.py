@@ -155,7 +155,8 @@ class ModelConfig:
     norms, softmax, router and losses are float32. layer_loop: "scan" compiles one block whatever the depth,
     "unroll" runs 10-15 % faster on CPU; "auto" chooses by backend. remat: recompute blocks in the backward pass.
     attention_kernel: how whole sequences attend, in `llmjax.kernels.attention`: "plain" keeps all scores, "chunked" has bounded
-    memory, "blocked" is fast for short sequences on CPU; "auto" chooses by platform and length.
+    memory, "blocked" is fast for short sequences on CPU, "splash" is JAX's kernel for TPUs; "auto" chooses by platform and
+    length.
 
     The rest tells families apart. activation: "silu" (SwiGLU), "gelu" (GeGLU, tanh form) or "clipped_silu" (gpt-oss), its
     inputs clipped at activation_limit. sliding_window: tokens that a local layer sees, itself included; 0: no local layers;
@@ -294,9 +295,11 @@ class ModelConfig:
         if self.moe is not None and self.moe.first_k_dense + self.moe.every > self.num_layers:
             below = f"moe.first_k_dense={self.moe.first_k_dense} and moe.every={self.moe.every}"
             raise UserError(f"{below} leave no sparse layer of num_layers={self.num_layers}; their sum must not exceed it")
-        if self.attention_kernel == "blocked" and (self.attention_softcap or self.attention_sinks):
-            what = "attention_sinks" if self.attention_sinks else f"attention_softcap={self.attention_softcap}"
-            raise UserError(f"attention_kernel=blocked does not know {what}; take auto, chunked or plain")
+        unknown = {"blocked": ("attention_softcap", "attention_sinks"), "splash": ("attention_sinks",)}
+        for name in unknown.get(self.attention_kernel, ()):
+            if getattr(self, name):
+                what = f"{name}={getattr(self, name)}"
+                raise UserError(f"attention_kernel={self.attention_kernel} does not know {what}; take auto, chunked or plain")
         if self.mla is not None:
             plain = dict(qk_norm="none", attention_sinks=False, qkv_bias=False, out_bias=False)
             for name, value in plain.items():

@@ -14,6 +14,7 @@ from llmjax.kernels.attention.blocked import blocked_attention
 from llmjax.kernels.attention.chunked import chunked_attention
 from llmjax.kernels.attention.mask import attention_mask
 from llmjax.kernels.attention.plain import plain_attention
+from llmjax.kernels.attention.splash import splash_attention
 
 both = pytest.mark.parametrize("cfg", tiny.MODELS.values(), ids=tiny.MODELS.keys())
 
@@ -145,8 +146,36 @@ def test_a_form_that_does_not_serve_the_model_is_refused():
     cfg = next(iter(tiny.MODELS.values()))
     with pytest.raises(UserError, match="attention_kernel=blocked does not know attention_softcap=5.0; take auto"):
         validate(dataclasses.replace(cfg, attention_kernel="blocked", attention_softcap=5.0))
-    with pytest.raises(UserError, match="attention_kernel=blocked does not know attention_sinks"):
-        validate(dataclasses.replace(cfg, attention_kernel="blocked", attention_sinks=True))
+    for kernel in ("blocked", "splash"):
+        with pytest.raises(UserError, match=f"attention_kernel={kernel} does not know attention_sinks"):
+            validate(dataclasses.replace(cfg, attention_kernel=kernel, attention_sinks=True))
+    with pytest.raises(UserError, match="attention_kernel=splash runs on TPUs, not on cpu"):
+        tiny.logits(tiny.language_model(cfg), tiny.tokens(cfg, 2, 12), dataclasses.replace(cfg, attention_kernel="splash"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [
+    dict(), dict(window=100), dict(softcap=1.5), dict(window=60, softcap=1.5, kv_heads=1), dict(v_dim=3, kv_heads=4),
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("wrong", [False, True])
+def test_splash_equals_the_plain_form_in_value_and_gradients(case, wrong):
+    """Interpreted; documents longer than the windows; negative control: a window off by one, or no segments."""
+    window, softcap, kv_heads, v_dim = (case.get(k, d) for k, d in dict(window=None, softcap=0.0, kv_heads=2, v_dim=6).items())
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(2, 256, n, h)).astype(np.float32) for n, h in ((4, 6), (kv_heads, 6), (kv_heads, v_dim)))
+    out = rng.normal(size=(2, 256, 4, v_dim)).astype(np.float32)
+    segments = packed(rng, 256, (0, 110))[:2]
+    mask = attention_mask(segments, segments, jnp.arange(256), jnp.arange(256), window)
+    plain = tiny.value_and_grads(lambda *x: jnp.sum(out * plain_attention(*x, mask, 0.4, softcap)), q, k, v)
+    own = np.ones_like(segments) if wrong and window is None else segments
+    own_window = window - 1 if wrong and window else window
+
+    def kernel(*x):
+        return jnp.sum(out * splash_attention(*x, own, 0.4, own_window, softcap, interpret=True))
+
+    found = tiny.value_and_grads(kernel, q, k, v)
+    apart = max(float(np.abs(np.asarray(a) - b).max()) for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(plain)))
+    assert apart > 1e-2 if wrong else apart < 1e-4
 
 
 @pytest.mark.parametrize("kernel", ["plain", "blocked", "chunked"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from llmjax import sharding
+from llmjax.errors import UserError
 from llmjax.kernels import AttentionKernel
 from llmjax.kernels.attention.blocked import blocked_attention
 from llmjax.kernels.attention.chunked import CHUNK, chunked_attention
@@ -12,6 +13,7 @@ from llmjax.kernels.attention.mask import attention_mask
 from llmjax.kernels.attention.plain import plain_attention
 from llmjax.typing import Array
 
+SPLASH_LENGTH = 128  # the kernel reads so many tokens at a time
 LONGEST_ON_CPU = 2048  # keys up to which the blocked form, which keeps all weights of the softmax, is the faster one
 
 
@@ -40,7 +42,12 @@ def attend(
         window = None
     form = kernel
     if kernel == "auto" or start is not None:
-        form = _best(length, slots, start is not None, softcap, sinks_N is not None)
+        form = _best(length, slots, start is not None, window, softcap, sinks_N is not None)
+    if form == "splash":
+        _check_splash(length, window)
+        from llmjax.kernels.attention.splash import splash_attention  # Pallas takes a second to import
+
+        return splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale, window, softcap)
     if form == "blocked":
         return blocked_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale, window)
     begin = 0 if start is None else start
@@ -52,11 +59,22 @@ def attend(
     return plain_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale, softcap, sinks_N)
 
 
-def _best(length: int, slots: int, cached: bool, softcap: float, sinks: bool) -> str:
+def _check_splash(length: int, window: int | Array | None) -> None:
+    if sharding.platform() != "tpu":
+        raise UserError(f"attention_kernel=splash runs on TPUs, not on {sharding.platform()}; take auto")
+    if length % SPLASH_LENGTH:
+        raise UserError(f"attention_kernel=splash needs lengths that are multiples of {SPLASH_LENGTH}, not {length}; take auto")
+    if window is not None and not isinstance(window, int):
+        raise UserError("attention_kernel=splash needs one window for all layers, or layer_loop=unroll; take auto")
+
+
+def _best(length: int, slots: int, cached: bool, window: int | Array | None, softcap: float, sinks: bool) -> str:
     """The form that "auto" stands for."""
     if cached:
         return "chunked" if length > 1 and length * slots > CHUNK**2 else "plain"
-    on_cpu = sharding.platform() == "cpu"
-    if on_cpu and not softcap and not sinks and slots <= LONGEST_ON_CPU:
+    platform = sharding.platform()
+    if platform == "cpu" and not softcap and not sinks and slots <= LONGEST_ON_CPU:
         return "blocked"
+    if platform == "tpu" and not sinks and length % SPLASH_LENGTH == 0 and (window is None or isinstance(window, int)):
+        return "splash"
     return "plain" if slots <= CHUNK else "chunked"
