@@ -33,7 +33,7 @@ MESH_AXES = ("data", "fsdp", "expert", "tensor")
 # Logical axis -> mesh axes. An absent axis is replicated.
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
-    "embed": ("fsdp",),
+    "embed": ("fsdp", "expert"),  # the second where a parameter has no axis of experts
     "mlp": ("tensor",),
     "heads": ("tensor",),
     "kv_heads": ("tensor",),
@@ -151,7 +151,7 @@ def named_sharding(mesh: Mesh | None, axes: Sequence[str | None], shape: Sequenc
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
     spec = partition_spec(axes)
     for dim, axis, entry in zip(shape, axes, spec):
-        parts = math.prod(mesh.shape[a] for a in ((entry,) if isinstance(entry, str) else entry or ()))
+        parts = math.prod(mesh.shape[a] for a in _axes(entry))
         if dim % parts:
             raise UserError(
                 f"mesh: {name} has {axis}={dim}, which the mesh axes {entry} split into {parts} unequal parts; "
@@ -251,16 +251,21 @@ def local_stored(fn: Callable, in_axes: Sequence[Sequence[str | None]], out_axes
     return jax.shard_map(fn, in_specs=in_specs, out_specs=partition_spec(out_axes), check_vma=False)
 
 
-def gather_stored(w: Array, letters: str, over: Sequence[str] = MESH_AXES) -> Array:
-    """Inside `local`: the whole of a parameter that came as it is stored ("=VD"), over the mesh axes in `over`.
+def gather_stored(w: Array, letters: str) -> Array:
+    """Inside `local`: a parameter that came as it is stored ("=VD") as a computation reads it, its `embed` axis whole.
 
     Its gradient is a reduce-scatter. That of a parameter that came gathered would be an all-reduce of all of it.
     """
-    for dim, entry in enumerate(letters_spec(f"={letters}")):
-        axes = [axis for axis in ((entry,) if isinstance(entry, str) else entry or ()) if axis in over and axis_size(axis) > 1]
+    for dim, (stored, read) in enumerate(zip(letters_spec(f"={letters}"), letters_spec(letters), strict=True)):
+        axes = tuple(axis for axis in _axes(stored) if axis not in _axes(read) and axis_size(axis) > 1)
         if axes:
-            w = jax.lax.all_gather(w, tuple(axes), axis=dim, tiled=True)
+            w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)
     return w
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def axis_size(name: str) -> int:

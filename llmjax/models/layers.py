@@ -125,8 +125,8 @@ def embed_tokens(
     the vocabulary, and the parts are added."""
 
     def look_up(table, tokens):
-        if stored and sharding.axis_size("fsdp") > 1:
-            table = sharding.gather_stored(table.astype(dtype), "VD", over=("fsdp",))
+        if stored and sharding.axis_size("fsdp") * sharding.axis_size("expert") > 1:
+            table = sharding.gather_stored(table.astype(dtype), "VD")
         if sharding.axis_size("tensor") == 1:
             return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
         own = tokens - jax.lax.axis_index("tensor") * table.shape[0]

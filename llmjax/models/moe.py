@@ -17,7 +17,7 @@ from flax import struct
 
 from llmjax import sharding
 from llmjax.models.config import ModelConfig, MoEConfig
-from llmjax.models.expert_parallel import exchanged_experts, gathered_experts, slot_experts
+from llmjax.models.expert_parallel import STORED, exchanged_experts, gathered_experts, slot_experts
 from llmjax.models.layers import Mlp, activation, gated_mlp, mlp_spec, residual_scale
 from llmjax.models.linear import Weight, full_weight
 from llmjax.models.routers import Routing, Slots, capacity_slots, expert_choice, jitter, noisy_logits, route
@@ -186,7 +186,7 @@ def router_logits(w: Moe, x_BTD: Array, moe: MoEConfig, key: PRNGKeyArray | None
 
 def _run_dropless(w: Moe, routing: Routing, x_BTD, experts, valid_BT, moe: MoEConfig, act):
     ids_BTC = jnp.where(valid_BT[..., None], routing.ids, moe.num_experts)
-    tokens, matrices = ["BTD", "BTC", "BTC"], ["EDF", "EDF", "EFD"]
+    tokens, matrices = ["BTD", "BTC", "BTC"], STORED
     if moe.expert_parallel == "all_to_all" and sharding.mesh_axis_size("expert") > 1:
         exchange = partial(exchanged_experts, act=act, factor=moe.exchange_factor)
         return sharding.local(exchange, [*tokens, *matrices], ["BTD", "BT"])(x_BTD, ids_BTC, routing.weights, *experts)
@@ -207,7 +207,7 @@ def _run_with_capacity(routing: Routing, x_BTD, experts, valid_BT, moe: MoEConfi
 
 
 def _run_slots(slots: Slots, x_BTD, experts, act):
-    run = sharding.local(partial(slot_experts, act=act), ["BTD", "B..", "B..", "EDF", "EDF", "EFD"], "BTD")
+    run = sharding.local(partial(slot_experts, act=act), ["BTD", "B..", "B..", *STORED], "BTD")
     return run(x_BTD, slots.tokens, slots.weights, *experts)
 
 

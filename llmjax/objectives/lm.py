@@ -79,7 +79,7 @@ def cross_entropy_sum(
 
     def local_sum(x, table, targets, weights):
         rows = targets.size
-        table = sharding.gather_stored(table.astype(x.dtype), "VD", over=("fsdp",))
+        table = sharding.gather_stored(table.astype(x.dtype), "VD")
         args = x.reshape(rows, -1), table, targets.reshape(rows), weights.reshape(rows)
         return fused_cross_entropy(*args, _num_chunks(rows, table.shape[0]), softcap)[None]
 
