@@ -151,11 +151,12 @@ def named_sharding(mesh: Mesh | None, axes: Sequence[str | None], shape: Sequenc
         return jax.sharding.SingleDeviceSharding(jax.devices()[0])
     spec = partition_spec(axes)
     for dim, axis, entry in zip(shape, axes, spec):
-        parts = math.prod(mesh.shape[a] for a in _axes(entry))
+        split = [one for one in _axes(entry) if mesh.shape[one] > 1]
+        parts = math.prod(mesh.shape[one] for one in split)
         if dim % parts:
             raise UserError(
-                f"mesh: {name} has {axis}={dim}, which the mesh axes {entry} split into {parts} unequal parts; "
-                f"choose a {axis} size divisible by {parts} or a smaller --config.mesh.{entry}"
+                f"mesh: {name} has {axis}={dim}, which the mesh axes {' and '.join(split)} split into {parts} unequal parts; "
+                f"choose a {axis} size divisible by {parts} or a smaller --config.mesh.{split[0]}"
             )
     return NamedSharding(mesh, spec)
 

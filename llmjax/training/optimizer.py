@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from llmjax.config import Fraction, NonNegativeFloat, NonNegativeInt, PositiveFloat, Range
@@ -19,14 +20,17 @@ class OptimizerConfig:
 
     learning_rate: peak. warmup_steps: updates from rate 0, that of the first, in a straight line to the peak, that of the one
     after them; a run that is no longer than that does not reach it, and says so. schedule: of the rest, down to final_fraction
-    of the peak. weight_decay: on matrices only. grad_clip: largest global norm of the gradient, 0 for none; where a stage
-    trains two models (policy and critic) that of each by itself, so that one's large gradient does not shrink the other's.
+    of the peak; "wsd" stays at the peak and comes down in the last decay_fraction of all updates, by the 1-sqrt rule (Hägele et
+    al. 2024, arXiv:2405.18392, eq. 2), so that a run can be prolonged from before its decay. weight_decay: on
+    matrices only. grad_clip: largest global norm of the gradient, 0 for none; where a stage trains two models (policy and
+    critic) that of each by itself, so that one's large gradient does not shrink the other's.
     """
 
     learning_rate: PositiveFloat = 1e-3
     warmup_steps: NonNegativeInt = 20
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    schedule: Literal["cosine", "linear", "constant", "wsd"] = "cosine"
     final_fraction: Fraction = 0.1
+    decay_fraction: Fraction = 0.2
     b1: Annotated[float, Range(least=0, below=1)] = 0.9
     b2: Annotated[float, Range(least=0, below=1)] = 0.95
     eps: PositiveFloat = 1e-8
@@ -43,8 +47,19 @@ def learning_rate_schedule(cfg: OptimizerConfig, num_steps: int) -> optax.Schedu
         "cosine": optax.cosine_decay_schedule(peak, rest, cfg.final_fraction),
         "linear": optax.linear_schedule(peak, peak * cfg.final_fraction, rest),
         "constant": optax.constant_schedule(peak),
+        "wsd": _stable_then_decay(peak, rest, max(1, round(cfg.decay_fraction * num_steps)), cfg.final_fraction),
     }[cfg.schedule]
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), decay], [warmup]) if warmup else decay
+
+
+def _stable_then_decay(peak: float, steps: int, decay: int, final_fraction: float) -> optax.Schedule:
+    """The peak, and over the last `decay` of `steps` updates peak * (1 - (1 - final_fraction) * sqrt(share of the decay))."""
+
+    def rate(step):
+        share = jnp.clip((step - (steps - decay)) / decay, 0.0, 1.0)
+        return peak * (1 - (1 - final_fraction) * jnp.sqrt(share))
+
+    return rate
 
 
 def short_of_peak(cfg: OptimizerConfig, num_steps: int) -> str:

@@ -26,7 +26,8 @@ def test_parameters_are_stored_split_and_computed_with_whole_rows():
 def test_no_mesh_axis_is_used_twice():
     assert sharding.partition_spec(("mlp", "heads")) == P("tensor", None)
     assert sharding.partition_spec(("batch", "embed")) == P(("data", "fsdp", "expert"), None)
-    assert sharding.partition_spec(("embed", "batch")) == P("fsdp", ("data", "expert"))
+    assert sharding.partition_spec(("embed", "batch")) == P(("fsdp", "expert"), "data")
+    assert sharding.partition_spec(("expert", "embed", "mlp")) == P("expert", "fsdp", "tensor")
 
 
 EQUATIONS = ["BTD,DF->BTF", "BTD,DNH->BTNH", "BTNH,NHD->BTD", "BTD,VD->BTV", "BTD,DE->BTE"]

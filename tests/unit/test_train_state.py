@@ -81,7 +81,7 @@ def test_an_abstract_state_is_the_shape_and_place_of_the_real_one():
         described = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
         assert described == jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), abstract)
     moments = [leaf for leaf in jax.tree.leaves(state.opt_state) if leaf.shape == (4, 8)]
-    assert len(moments) == 2 and all(m.sharding.spec == P("fsdp", "tensor") for m in moments)
+    assert len(moments) == 2 and all(m.sharding.spec == P(("fsdp", "expert"), "tensor") for m in moments)
 
 
 def test_weight_decay_is_on_matrices_only():
@@ -108,6 +108,16 @@ def test_learning_rate(schedule):
     assert float(learning_rate_schedule(dataclasses.replace(cfg, warmup_steps=0), 110)(0)) == 2.0
 
 
+def test_stable_then_decay():
+    """By hand: the peak until a fifth of all updates is left, then 1 - (1 - 0.1) sqrt(share of the decay) of it."""
+    cfg = OptimizerConfig(learning_rate=2.0, warmup_steps=10, schedule="wsd", final_fraction=0.1, decay_fraction=0.2)
+    rate = learning_rate_schedule(cfg, 100)
+    np.testing.assert_allclose([rate(i) for i in (5, 10, 40, 80)], [1.0, 2.0, 2.0, 2.0], rtol=1e-6)
+    np.testing.assert_allclose([rate(i) for i in (85, 90, 100)], [2 * (1 - 0.9 * s**0.5) for s in (0.25, 0.5, 1.0)], rtol=1e-5)
+    longer = learning_rate_schedule(cfg, 200)
+    np.testing.assert_array_equal([rate(i) for i in range(81)], [longer(i) for i in range(81)])
+
+
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 12), (1, 12), (3, 12), (11, 12)])
 def test_learning_rates_are_those_of_optax(warmup, steps):
     cfg = OptimizerConfig(learning_rate=3e-3, warmup_steps=warmup, final_fraction=0.2)
@@ -131,6 +141,21 @@ def test_learning_rates_are_those_of_transformers(schedule, warmup, steps):
     cfg = OptimizerConfig(learning_rate=1.0, warmup_steps=warmup, schedule=schedule, final_fraction=0.0)
     rate = learning_rate_schedule(cfg, steps)
     np.testing.assert_allclose([rate(i) for i in range(steps)], [theirs(i) for i in range(steps)], rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize(("warmup", "steps"), [(0, 20), (4, 20), (10, 40)])
+def test_stable_then_decay_is_that_of_transformers(warmup, steps):
+    torch = pytest.importorskip("torch")
+    optimization = pytest.importorskip("transformers.optimization")
+    optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+    theirs = optimization.get_wsd_schedule(
+        optimizer, warmup, steps // 4, num_training_steps=steps, decay_type="1-sqrt", min_lr_ratio=0.1
+    ).lr_lambdas[0]
+    cfg = OptimizerConfig(learning_rate=1.0, warmup_steps=warmup, schedule="wsd", final_fraction=0.1, decay_fraction=0.25)
+    rate = learning_rate_schedule(cfg, steps)
+    later = range(warmup, steps)  # their warm-up begins at the ratio
+    np.testing.assert_allclose([rate(i) for i in later], [theirs(i) for i in later], rtol=1e-5)
 
 
 @pytest.mark.parametrize(("warmup", "steps", "share"), [(20, 10, "45%"), (10, 10, "90%"), (100, 1, "0%")])
