@@ -66,7 +66,7 @@ def quickstart() -> Experiment:
         stages={
             "pretrain": Pretrain(
                 data=WorldText(),
-                steps=1500, batch_size=8, length=128, eval_every=500, eval_batches=128,
+                steps=1800, batch_size=8, length=128, eval_every=600, eval_batches=128,
                 optimizer=OptimizerConfig(learning_rate=4e-3, warmup_steps=100, final_fraction=0.02),
             ),
             "sft": SFT(
@@ -114,7 +114,7 @@ def ranked_answers(num_prompts: int, num_eval_prompts: int) -> RankedAnswers:
     through noise and call a tie what they cannot tell apart."""
     return RankedAnswers(
         policy="sft", prompts=WorldPrompts(), ranker=RewardRanker(gold, noise=0.05, tie=0.12), k=4, edit=other_fact, edits=2,
-        num_prompts=num_prompts, num_eval_prompts=num_eval_prompts, rankings_per_prompt=2,
+        num_prompts=num_prompts, num_eval_prompts=num_eval_prompts, rankings_per_prompt=3,
         prompt_length=PROMPT_LENGTH, sampling=replace(ANSWERS, temperature=0.7),  # mostly answers that are worth ranking
     )  # fmt: skip
 
