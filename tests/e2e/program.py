@@ -38,9 +38,11 @@ def command(kind: str, workdir: pathlib.Path, *flags: str) -> list[str]:
 
 
 def environment() -> dict[str, str]:
-    """Without the virtual devices that tests/conftest.py asks for; where the package is, whether installed or not."""
+    """Without the virtual devices that tests/conftest.py asks for, with its cache of compiled programs; where the package is,
+    whether installed or not."""
     flags = " ".join(flag for flag in os.environ["XLA_FLAGS"].split() if "device_count" not in flag)
-    return dict(os.environ) | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)}
+    cache = {"JAX_COMPILATION_CACHE_DIR": os.environ["LLMJAX_TEST_CACHE"], "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1"}
+    return dict(os.environ) | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": str(REPOSITORY)} | cache
 
 
 def start(kind: str, workdir: pathlib.Path, *flags: str) -> subprocess.Popen:

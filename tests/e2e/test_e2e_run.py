@@ -161,7 +161,7 @@ def test_ppo_starts_on_the_reference(finished):
 
 def test_router_metrics(finished, experiment):
     """Scalars at every step; by layer and expert at evaluations and at the last step, which keeps metrics.jsonl small."""
-    evaluated = {"pretrain": [3, 6], "sft": [2, 4], "reward": [4], "ppo": [3]}
+    evaluated = {"pretrain": [3, 6], "sft": [2, 4], "reward": [6], "ppo": [3]}
     for stage in program.STAGES:
         rows = program.rows(finished.workdir, stage, "train")
         assert all(("moe/max_load" in row) == (finished.kind == "moe") for row in rows)
