@@ -4,7 +4,8 @@
     python benchmarks/quickstart_table.py --workdir=runs/table --check        exit status 1 if a claim is missed
     python benchmarks/quickstart_table.py --workdir=runs/table --markdown     the table of README.md
 
-Runs are experiments/quickstart.py:full and :full_moe, one after another, up to 20 minutes each; one that was cut off goes on.
+Runs are experiments/quickstart.py:dense and :moe, one after another, some ten minutes each on two slow cores; one that was cut
+off goes on. --variants=full,full_moe: with the rows that take longer, and four answers to each question.
 Figures are means over seeds. The questions are the same for all seeds, so the error of a mean over seeds is not taken to be
 smaller than that of one run.
 """
@@ -18,7 +19,7 @@ from absl import app, flags
 
 WORKDIR = flags.DEFINE_string("workdir", "runs/quickstart-table", "where the runs lie")
 SEEDS = flags.DEFINE_list("seeds", ["0", "1", "2"], "seeds")
-VARIANTS = flags.DEFINE_list("variants", ["full", "full_moe"], "variants of experiments/quickstart.py")
+VARIANTS = flags.DEFINE_list("variants", ["dense", "moe"], "variants of experiments/quickstart.py")
 CHECK = flags.DEFINE_bool("check", False, "exit with 1 if a claim is missed")
 MARKDOWN = flags.DEFINE_bool("markdown", False, "print the table of each variant in Markdown")
 
