@@ -18,15 +18,15 @@ Expected: a table of all runs, stage by stage, on the terminal and in report.htm
 runs/dense_vs_moe/dense and runs/dense_vs_moe/moe. Where there are experts, the table says what they bring (loss at equal
 training FLOPs, efficiency leverage over the dense run) and how evenly they are used.
 
-Of the default the README has figures of runs that differ in pre-training. Those of the others were measured in the first version
-of the world and have not been repeated in the present one. `matched_active`, seed 0: 0.202 / 0.183 bits per byte, 0.541 / 0.491 nats per token at equal FLOPs,
-efficiency leverage 1.27, busiest expert 1.33 times the uniform load. `matched_flops`, dense / moe / wide / fine:
-0.202 / 0.183 / 0.220 / 0.172 bits per byte, leverage 1.26 / 0.78 / 1.37 for the last three. `matched_total`:
-0.175 / 0.183 bits per byte, the second for 0.38 of the FLOPs (leverage 2.29). `granularity`, dense / g1 / g2 / g4 / g8:
-0.202 / 0.186 / 0.180 / 0.180 / 0.181 bits per byte, leverage 1.21 / 1.29 / 1.29 / 1.26 for the last four.
-`experts`, dense / e4 / e8 / e16 / e32: 0.202 / 0.194 / 0.184 / 0.177 / 0.175 bits per byte, leverage 1.10 / 1.27 / 1.34 /
-1.32 for the last four, busiest expert 1.3 / 1.4 / 2.3 / 2.7 times the uniform load. Hardware: 2 CPU cores, about the time of
-two quickstarts; for the others one to a few minutes a run.
+Of the default the README has figures of runs that differ in pre-training. Those of the others were measured in the first
+version of the world and have not been repeated in the present one. `matched_active`, seed 0: 0.202 / 0.183 bits per byte,
+0.541 / 0.491 nats per token at equal FLOPs, efficiency leverage 1.27, busiest expert 1.33 times the uniform load.
+`matched_flops`, dense / moe / wide / fine: 0.202 / 0.183 / 0.220 / 0.172 bits per byte, leverage 1.26 / 0.78 / 1.37 for the
+last three. `matched_total`: 0.175 / 0.183 bits per byte, the second for 0.38 of the FLOPs (leverage 2.29). `granularity`,
+dense / g1 / g2 / g4 / g8: 0.202 / 0.186 / 0.180 / 0.180 / 0.181 bits per byte, leverage 1.21 / 1.29 / 1.29 / 1.26 for the
+last four. `experts`, dense / e4 / e8 / e16 / e32: 0.202 / 0.194 / 0.184 / 0.177 / 0.175 bits per byte, leverage 1.10 / 1.27 /
+1.34 / 1.32 for the last four, busiest expert 1.3 / 1.4 / 2.3 / 2.7 times the uniform load. Hardware: 2 CPU cores, about the
+time of two quickstarts; for the others one to a few minutes a run.
 """
 
 from dataclasses import replace

@@ -6,11 +6,12 @@
     llmjax --config=experiments/quickstart.py:test --workdir=runs/test           (seconds; what the tests run)
     python benchmarks/quickstart_table.py --workdir=runs/table --check           (all claims, three seeds, dense and sparse)
 
-Expected, seeds 0 and 1: base knows 99 % of the held-out facts in plain text (greedily), SFT 94-97 % of them in the chat (`:moe`
-90-93 %); the reward model puts right above wrong, all else equal, in 78-79 % of pairs about facts of training prompts and 63-68 %
-about new ones (79-88 and 66-70 %); sampled answers are right in 63 % of cases after SFT and 70-75 % after PPO (52-58 and 63-68 %),
-greedy ones as often as before or a little more. README.md has the table. Hardware: 2 CPU cores; on slow ones (13 k tokens/s in
-pre-training) 8 minutes, half as long again for `:moe`, and 15 to 20 for `:full`; on fast ones about half of that.
+Expected, seeds 0 and 1: base knows 99 % of the held-out facts in plain text (greedily), SFT 94-97 % of them in the chat
+(`:moe` 90-93 %); the reward model puts right above wrong, all else equal, in 78-79 % of pairs about facts of training prompts
+and 63-68 % about new ones (79-88 and 66-70 %); sampled answers are right in 63 % of cases after SFT and 70-75 % after PPO
+(52-58 and 63-68 %), greedy ones as often as before or a little more. README.md has the table. Hardware: 2 CPU cores; on slow
+ones (13 k tokens/s in pre-training) 8 minutes, half as long again for `:moe`, and 15 to 20 for `:full`; on fast ones about
+half of that.
 """
 
 from dataclasses import replace
