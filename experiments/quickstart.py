@@ -10,7 +10,7 @@ Expected, seeds 0 and 1: base knows 99 % of the held-out facts in plain text (gr
 (`:moe` 90-93 %); the reward model puts right above wrong, all else equal, in 78-79 % of pairs about facts of training prompts
 and 63-68 % about new ones (79-88 and 66-70 %); sampled answers are right in 63 % of cases after SFT and 70-75 % after PPO
 (52-58 and 63-68 %), greedy ones as often as before or a little more. README.md has the table. Hardware: 2 CPU cores; on slow
-ones (13 k tokens/s in pre-training) 8 minutes, half as long again for `:moe`, and 15 to 20 for `:full`; on fast ones about
+ones (13 k tokens/s in pre-training) 9 minutes, half as long again for `:moe`, and 15 to 20 for `:full`; on fast ones about
 half of that.
 """
 
