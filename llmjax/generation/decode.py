@@ -56,13 +56,14 @@ def prefill(params: Params, prompt_BT: Array, segment_ids_BT: Array, cfg: ModelC
         return _append(params, *whole, cache, cfg)
     first = length - (pieces - 1) * PREFILL_TOKENS  # whatever does not divide goes with the first piece
 
-    def piece(state: DecodeState, part) -> tuple[DecodeState, None]:
-        return _append(params, *part, state.cache, cfg), None
+    def piece(state: DecodeState, part: tuple[Array, Array, Array]) -> tuple[DecodeState, None]:
+        tokens_BT, positions_BT, segment_ids_BT = part
+        return _append(params, tokens_BT, positions_BT, segment_ids_BT, state.cache, cfg), None
 
     def cut(x_BT):
         return x_BT[:, first:].reshape(b, pieces - 1, PREFILL_TOKENS).swapaxes(0, 1)
 
-    state = _append(params, *(x_BT[:, :first] for x_BT in whole), cache, cfg)
+    state = _append(params, prompt_BT[:, :first], positions_BT[:, :first], segment_ids_BT[:, :first], cache, cfg)
     return jax.lax.scan(piece, state, tuple(cut(x_BT) for x_BT in whole))[0]
 
 

@@ -205,7 +205,7 @@ def for_decoding(params: Params, cfg: ModelConfig) -> Params:
         axes = spec.axes[1:] if spec.axes[:1] == ("layers",) else spec.axes
         return sharding.place(w, axes) if isinstance(w, jax.Array) else w
 
-    blocks = tuple(
+    blocks: Any = tuple(
         jax.tree.map(whole, getattr(specs, stack), block, is_leaf=is_spec)
         for (stack, _), block in zip(layer_rows(cfg), laid_out.blocks, strict=True)  # type: ignore
     )

@@ -44,10 +44,10 @@ def attend(
     if kernel == "auto" or start is not None:
         form = _best(length, slots, start is not None, window, softcap, sinks_N is not None)
     if form == "splash":
-        _check_splash(length, window)
+        static_window = _for_splash(length, window)
         from llmjax.kernels.attention.splash import splash_attention  # Pallas takes a second to import
 
-        return splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale, window, softcap)
+        return splash_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale, static_window, softcap)
     if form == "blocked":
         return blocked_attention(q_BTNH, k_BSKH, v_BSKH, q_segments_BT, scale, window)
     begin = 0 if start is None else start
@@ -59,13 +59,15 @@ def attend(
     return plain_attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale, softcap, sinks_N)
 
 
-def _check_splash(length: int, window: int | Array | None) -> None:
+def _for_splash(length: int, window: int | Array | None) -> int | None:
+    """The window, if the kernel can serve it here."""
     if sharding.platform() != "tpu":
         raise UserError(f"attention_kernel=splash runs on TPUs, not on {sharding.platform()}; take auto")
     if length % SPLASH_LENGTH:
         raise UserError(f"attention_kernel=splash needs lengths that are multiples of {SPLASH_LENGTH}, not {length}; take auto")
     if window is not None and not isinstance(window, int):
         raise UserError("attention_kernel=splash needs one window for all layers, or layer_loop=unroll; take auto")
+    return window
 
 
 def _best(length: int, slots: int, cached: bool, window: int | Array | None, softcap: float, sinks: bool) -> str:

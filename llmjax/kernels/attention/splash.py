@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu import splash_attention as splash
@@ -38,5 +40,5 @@ def splash_attention(
         return jnp.pad(x_BTNH, [(0, 0)] * 3 + [(0, width - x_BTNH.shape[-1])]).swapaxes(1, 2)
 
     q_BNTH = by_head(q_BTNH * jnp.asarray(scale, q_BTNH.dtype))
-    y_BNTH = jax.vmap(kernel)(q_BNTH, by_head(k_BSKH), by_head(v_BSKH), splash.SegmentIds(segment_ids_BT, segment_ids_BT))
+    y_BNTH: Any = jax.vmap(kernel)(q_BNTH, by_head(k_BSKH), by_head(v_BSKH), splash.SegmentIds(segment_ids_BT, segment_ids_BT))
     return y_BNTH.swapaxes(1, 2)[..., : v_BSKH.shape[-1]]
