@@ -34,7 +34,7 @@ ROWS = flags.DEFINE_list("rows", [], "names of rows, or beginnings of names; non
 GPU_TARGET = flags.DEFINE_string("gpu_target", "", "file with the description of the card")
 CHECK = flags.DEFINE_bool("check", False, "exit with 1 when a bar is missed")
 TEXT = flags.DEFINE_string("text", "", "folder in which the compiled programs are kept as text")
-SET = flags.DEFINE_multi_string("set", [], "fields of ModelConfig to change, such as --set=remat=none")
+SET = flags.DEFINE_multi_string("set", [], "fields of ModelConfig to change, such as --set=remat=false")
 _ONE = flags.DEFINE_string("one", "", "internal: the row that this process compiles")
 
 

@@ -189,6 +189,11 @@ def gathered(w: Array, letters: str, dtype) -> Array:
     return constrain(w, letters)
 
 
+def cast_to_send(w: Array, dtype) -> Array:
+    """A stored weight in `dtype`, where there is a mesh to gather it over; else as it is, to be cast where it is read."""
+    return w if _active_mesh() is None else w.astype(dtype)
+
+
 def einsum(equation: str, x: Array, w: Array, *, out_dtype=None, precision: jax.lax.Precision | None = None) -> Array:
     """The einsum of activations `x` with a weight `w`, in glossary letters, e.g. "BTD,DF->BTF", in the dtype of x.
 
@@ -231,15 +236,20 @@ def local(fn: Callable, in_letters: Sequence[str], out_letters: Sequence[str] | 
     """`fn` on the local part of each argument (shard_map over the whole mesh); `fn` itself without a mesh.
 
     The letters say how each argument and result is sharded ("." for an axis that is not). Kernels that loop, sort or
-    reshape run inside it, where they see plain local arrays; `axis_names()` tells them what they may communicate over.
+    reshape run inside it, where they see plain local arrays. A "=" before the letters of a parameter: it comes as it is stored
+    and is gathered inside, so that its gradient is a reduce-scatter; that of one that came gathered is an all-reduce of all.
     """
     mesh = _active_mesh()
     if mesh is None:
         return fn
+
+    def with_whole(*args):
+        return fn(*(_whole(a, letters) for a, letters in zip(args, in_letters, strict=True)))
+
     in_specs = tuple(letters_spec(letters) for letters in in_letters)
     single = isinstance(out_letters, str)
     out_specs = letters_spec(out_letters) if single else tuple(letters_spec(letters) for letters in out_letters)
-    mapped = jax.shard_map(fn, in_specs=in_specs, out_specs=out_specs, check_vma=False)
+    mapped = jax.shard_map(with_whole, in_specs=in_specs, out_specs=out_specs, check_vma=False)
     return lambda *args: mapped(*(constrain(a, letters) for a, letters in zip(args, in_letters)))
 
 
@@ -252,12 +262,11 @@ def local_stored(fn: Callable, in_axes: Sequence[Sequence[str | None]], out_axes
     return jax.shard_map(fn, in_specs=in_specs, out_specs=partition_spec(out_axes), check_vma=False)
 
 
-def gather_stored(w: Array, letters: str) -> Array:
-    """Inside `local`: a parameter that came as it is stored ("=VD") as a computation reads it, its `embed` axis whole.
-
-    Its gradient is a reduce-scatter. That of a parameter that came gathered would be an all-reduce of all of it.
-    """
-    for dim, (stored, read) in enumerate(zip(letters_spec(f"={letters}"), letters_spec(letters), strict=True)):
+def _whole(w: Array, letters: str) -> Array:
+    """Inside `local`: an argument as a computation reads it, gathered from its stored parts ("=VD")."""
+    if not letters.startswith("="):
+        return w
+    for dim, (stored, read) in enumerate(zip(letters_spec(letters), letters_spec(letters[1:]), strict=True)):
         axes = tuple(axis for axis in _axes(stored) if axis not in _axes(read) and axis_size(axis) > 1)
         if axes:
             w = jax.lax.all_gather(w, axes, axis=dim, tiled=True)

@@ -17,13 +17,10 @@ from llmjax import sharding
 from llmjax.models.dispatch import expert_ffn, expert_ffn_slots
 from llmjax.typing import Array
 
-STORED = ["=EDF", "=EDF", "=EFD"]  # letters of the matrices that come into the region
-
 
 def gathered_experts(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *biases, act):
     """By all-gather: see the tokens of all expert shards, serve the experts that are here, reduce-scatter."""
     experts_here = gate_EDF.shape[0]
-    gate_EDF, up_EDF, down_EFD = _whole(gate_EDF, up_EDF, down_EFD, x_BTD.dtype)
     x_BTD, ids_BTC, weights_BTC = (_all_gather(a) for a in (x_BTD, ids_BTC, weights_BTC))
     ids_BTC = ids_BTC - _first_expert(experts_here)
     ids_BTC = jnp.where((ids_BTC >= 0) & (ids_BTC < experts_here), ids_BTC, experts_here)
@@ -47,7 +44,6 @@ def gathered_experts(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *b
 def slot_experts(x_BTD, tokens_BES, weights_BES, gate_EDF, up_EDF, down_EFD, *, act):
     """The same for experts with a fixed number of places."""
     here = gate_EDF.shape[0]
-    gate_EDF, up_EDF, down_EFD = _whole(gate_EDF, up_EDF, down_EFD, x_BTD.dtype)
     x_BTD, tokens_BES, weights_BES = (_all_gather(a) for a in (x_BTD, tokens_BES, weights_BES))
     tokens_BES, weights_BES = (
         jax.lax.dynamic_slice_in_dim(a, _first_expert(here), here, axis=1) for a in (tokens_BES, weights_BES)
@@ -64,7 +60,6 @@ def exchanged_experts(x_BTD, ids_BTC, weights_BTC, gate_EDF, up_EDF, down_EFD, *
     """
     exchange = padded_exchange if sharding.platform() == "cpu" else ragged_exchange
     shards, here = sharding.axis_size("expert"), gate_EDF.shape[0]
-    gate_EDF, up_EDF, down_EFD = _whole(gate_EDF, up_EDF, down_EFD, x_BTD.dtype)
     b, t, d = x_BTD.shape
     rows, choices = b * t, ids_BTC.shape[-1]
     flat = ids_BTC.reshape(-1)
@@ -134,12 +129,6 @@ def ragged_exchange(outbox: Outbox, most: int, factor: float, here: int):
     x_ND = send(x_MD, jnp.zeros((room, x_MD.shape[1]), x_MD.dtype), there)
     ids_N = send(ids_M, jnp.full(room, here, ids_M.dtype), there)
     return x_ND, ids_N, lambda y_ND: send(y_ND, jnp.zeros((size, y_ND.shape[1]), y_ND.dtype), back), sizes_PP[me]
-
-
-def _whole(gate_EDF, up_EDF, down_EFD, dtype) -> list[Array]:
-    """The matrices of the experts that are here: as they are stored (STORED), cast, and gathered over fsdp."""
-    parts = zip((gate_EDF, up_EDF, down_EFD), STORED, strict=True)
-    return [sharding.gather_stored(w.astype(dtype), letters.removeprefix("=")) for w, letters in parts]
 
 
 def _first_expert(experts_here: int) -> Array | int:

@@ -125,8 +125,6 @@ def embed_tokens(
     the vocabulary, and the parts are added."""
 
     def look_up(table, tokens):
-        if stored and sharding.axis_size("fsdp") * sharding.axis_size("expert") > 1:
-            table = sharding.gather_stored(table.astype(dtype), "VD")
         if sharding.axis_size("tensor") == 1:
             return jnp.take(table, tokens, axis=0, mode="clip").astype(dtype)
         own = tokens - jax.lax.axis_index("tensor") * table.shape[0]
@@ -135,4 +133,5 @@ def embed_tokens(
         return jax.lax.psum(jnp.where(here[..., None], rows, 0), "tensor")
 
     tokens_BT = jnp.clip(tokens_BT, 0, table_VD.shape[0] - 1)
-    return sharding.local(look_up, ["=VD" if stored else "VD", "BT"], "BTD")(table_VD, tokens_BT)
+    look_up = sharding.local(look_up, ["=VD" if stored else "VD", "BT"], "BTD")
+    return look_up(sharding.cast_to_send(table_VD, dtype), tokens_BT)

@@ -17,12 +17,14 @@ from flax import struct
 
 from llmjax import sharding
 from llmjax.models.config import ModelConfig, MoEConfig
-from llmjax.models.expert_parallel import STORED, exchanged_experts, gathered_experts, slot_experts
+from llmjax.models.expert_parallel import exchanged_experts, gathered_experts, slot_experts
 from llmjax.models.layers import Mlp, activation, gated_mlp, mlp_spec, residual_scale
 from llmjax.models.linear import Weight, full_weight
 from llmjax.models.routers import Routing, Slots, capacity_slots, expert_choice, jitter, noisy_logits, route
 from llmjax.models.spec import param
 from llmjax.typing import Array, Float, Int, PRNGKeyArray
+
+STORED = ["=EDF", "=EDF", "=EFD"]  # how the matrices of the experts come into `sharding.local`
 
 
 @struct.dataclass
@@ -138,11 +140,13 @@ def moe_layer(
     tokens_BT: Int[Array, "B T"] | None = None,
     routes_BTC: Int[Array, "B T C"] | None = None,
     key: PRNGKeyArray | None = None,
+    stored: bool = True,
 ) -> tuple[Float[Array, "B T D"], RouterStats]:
     """Routes each token and returns the gate-weighted sum of its experts, with the router's statistics.
 
     Tokens of segment 0 are padding: they reach no routed expert, no statistic and no place in an expert. tokens: ids of the
-    vocabulary, for hash routing. routes: to replay. key: of the router's noise in training, None for none.
+    vocabulary, for hash routing. routes: to replay. key: of the router's noise in training, None for none. stored: on a mesh
+    the experts lie as parameters do; else they were gathered before (`for_decoding`).
     """
     moe, act = cfg.experts, activation(cfg.activation, cfg.activation_limit)
     valid_BT = segment_ids_BT > 0
@@ -150,6 +154,7 @@ def moe_layer(
     # An update of an expert is added to its weight: it costs less than one product of its tokens.
     experts = [full_weight(m, "EDF", num_leading=1, num_in=1) for m in (w.gate, w.up)]
     experts.append(full_weight(w.down, "EFD", num_leading=1, num_in=1))
+    experts = [sharding.cast_to_send(m, x_BTD.dtype) for m in experts]
     dropped_BT: Array | float = 0.0
     if moe.router == "expert_choice":
         slots, probs_BTE = expert_choice(logits_BTE, moe, valid_BT)
@@ -165,7 +170,7 @@ def moe_layer(
         if moe.capacity_factor:
             y_BTD, dropped_BT = _run_with_capacity(routing, x_BTD, experts, valid_BT, moe, act)
         else:
-            y_BTD, dropped_BT = _run_dropless(w, routing, x_BTD, experts, valid_BT, moe, act)
+            y_BTD, dropped_BT = _run_dropless(w, routing, x_BTD, experts, valid_BT, moe, act, stored)
     stats = router_stats(logits_BTE, probs_BTE, chosen_BTE, valid_BT, dropped_BT)
     if w.shared is not None:
         y_BTD = y_BTD + gated_mlp(w.shared, x_BTD, act)
@@ -184,9 +189,9 @@ def router_logits(w: Moe, x_BTD: Array, moe: MoEConfig, key: PRNGKeyArray | None
     return noisy_logits(logits_BTE, moe, noise_key) if moe.router_noise and noise_key is not None else logits_BTE
 
 
-def _run_dropless(w: Moe, routing: Routing, x_BTD, experts, valid_BT, moe: MoEConfig, act):
+def _run_dropless(w: Moe, routing: Routing, x_BTD, experts, valid_BT, moe: MoEConfig, act, stored: bool):
     ids_BTC = jnp.where(valid_BT[..., None], routing.ids, moe.num_experts)
-    tokens, matrices = ["BTD", "BTC", "BTC"], STORED
+    tokens, matrices = ["BTD", "BTC", "BTC"], STORED if stored else [letters.removeprefix("=") for letters in STORED]
     if moe.expert_parallel == "all_to_all" and sharding.mesh_axis_size("expert") > 1:
         exchange = partial(exchanged_experts, act=act, factor=moe.exchange_factor)
         return sharding.local(exchange, [*tokens, *matrices], ["BTD", "BT"])(x_BTD, ids_BTC, routing.weights, *experts)

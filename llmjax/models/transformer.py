@@ -298,7 +298,9 @@ def _layer(
     if isinstance(w.mlp, Mlp):
         y_BTD, stats = gated_mlp(w.mlp, y_BTD, activation(cfg.activation, cfg.activation_limit)), None
     else:
-        y_BTD, stats = moe_layer(w.mlp, y_BTD, segment_ids_BT, cfg, tokens_BT=tokens_BT, routes_BTC=routes, key=key)
+        y_BTD, stats = moe_layer(
+            w.mlp, y_BTD, segment_ids_BT, cfg, tokens_BT=tokens_BT, routes_BTC=routes, key=key, stored=cache is None
+        )
     return x_BTD + _optional_norm(y_BTD, w.mlp_post_norm, cfg), cache, stats
 
 

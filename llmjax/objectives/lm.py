@@ -79,11 +79,11 @@ def cross_entropy_sum(
 
     def local_sum(x, table, targets, weights):
         rows = targets.size
-        table = sharding.gather_stored(table.astype(x.dtype), "VD")
         args = x.reshape(rows, -1), table, targets.reshape(rows), weights.reshape(rows)
         return fused_cross_entropy(*args, _num_chunks(rows, table.shape[0]), softcap)[None]
 
-    return jnp.sum(sharding.local(local_sum, ["BTD", "=VD", "BT", "BT"], "B")(x_BTD, table_VD, targets_BT, weights_BT))
+    sums = sharding.local(local_sum, ["BTD", "=VD", "BT", "BT"], "B")
+    return jnp.sum(sums(x_BTD, table_VD.astype(x_BTD.dtype), targets_BT, weights_BT))
 
 
 def _num_chunks(rows: int, vocab: int) -> int:
