@@ -66,8 +66,9 @@ class Model(Row):
         return (Input("rows", self.stage),)
 
     def prepare(self, context: Context, asked: Asked) -> None:
-        longest, most = max(map(len, self._tokens(context, asked)), default=0), context.experiment.evaluation.prompt_length
-        if self.form and longest > most:
+        most = context.experiment.evaluation.prompt_length
+        longest = max(map(len, self._tokens(context, asked)), default=0) if self.form else 0
+        if longest > most:
             raise UserError(
                 f"{context.name}: form={self.form!r} makes prompts of up to {longest} tokens; evaluation.prompt_length={most}"
             )
@@ -80,9 +81,9 @@ class Model(Row):
     def greedy(self, context: Context, asked: Asked) -> Answers | None:
         if self.temperature is not None:  # it is that of the row without one
             return None
-        return self._plain(context, asked, temperature=0.0) if self.form else asked.of(
-            context.load_lm(self.stage), temperature=0.0
-        )
+        if self.form:
+            return self._plain(context, asked, temperature=0.0)
+        return asked.of(context.load_lm(self.stage), temperature=0.0)
 
     def _tokens(self, context: Context, asked: Asked) -> list[list[int]]:
         """The prompts in this form."""
@@ -146,7 +147,8 @@ class Bot(Row):
         texts = [self.answer(prompt) for prompt in prompts]
         for prompt, text in zip(prompts, texts):
             if not isinstance(text, str):
-                raise UserError(f"the bot {self.answer.__name__} said {text!r} to prompt {prompt.id!r}; return a text")
+                name = getattr(self.answer, "__name__", type(self.answer).__name__)  # a function may be an object with options
+                raise UserError(f"the bot {name} said {text!r} to prompt {prompt.id!r}; return a text")
         return Answers(prompts, [()] * len(prompts), [Completion(text) for text in texts], None)
 
 

@@ -1,5 +1,6 @@
 """llmjax.stages.compare: who answers, and what is refused before anything is trained."""
 
+import functools
 import math
 from dataclasses import replace
 
@@ -53,6 +54,8 @@ def test_a_bot_is_tried_before_anything_is_trained(context):
     compare(bot=Bot(lambda prompt: prompt.text)).prepare(context)
     with pytest.raises(UserError, match=r"the bot length said \d+ to prompt .*; return a text"):
         compare(bot=Bot(length)).prepare(context)
+    with pytest.raises(UserError, match="the bot partial said 3 to prompt"):
+        compare(bot=Bot(functools.partial(lambda number, prompt: number, 3))).prepare(context)
 
 
 def length(prompt: Prompt) -> int:
