@@ -14,7 +14,7 @@ from llmjax.kernels.attention.plain import plain_attention
 from llmjax.typing import Array
 
 SPLASH_LENGTH = 128  # the kernel reads so many tokens at a time
-LONGEST_ON_CPU = 2048  # keys up to which the blocked form, which keeps all weights of the softmax, is the faster one
+LONGEST_ON_CPU = 2048  # the blocked form, a third faster, keeps all weights of the softmax: too many beyond so many keys
 
 
 def attend(
